@@ -1,0 +1,39 @@
+# Everything works on a machine with Python 3.11+, make and a Python registry: each target makes the virtual environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format clean help
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "patchpilot needs Python 3.11 or later; say which with: make PYTHON=python3.12 ...")'
+	@echo 'installing into $(VENV), once ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)   ## patch a live broker in a lab on this machine and count what was lost
+	$(BIN)/patchpilot lab demo
+
+test: $(STAMP)   ## the whole suite on real servers, in random order, under 8 minutes
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)  ## the longer proofs
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)   ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check patchpilot tests
+	$(BIN)/ruff format --check patchpilot tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## ruff format and the fixes ruff is sure of
+	$(BIN)/ruff format patchpilot tests
+	$(BIN)/ruff check --fix patchpilot tests
+
+clean:           ## the virtual environment, caches and reports
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab

@@ -1,0 +1,94 @@
+"""Counting a chord's parts in Valkey: a hint that the chord is complete, never the truth about it.
+
+The keys have Celery's own names, so that what looks after those looks after these: ``.d`` the set of parts that
+returned, ``.s`` the header's size, ``.t`` what was added to it since. Counting is by membership, so a part that is
+counted twice counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from celery.utils.log import get_logger
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from patchpilot.clock import SYSTEM, Backoff
+
+logger = get_logger(__name__)
+
+T = TypeVar("T")
+
+_COUNT = """
+redis.call('SADD', KEYS[1], ARGV[1])
+local expires = tonumber(ARGV[2])
+if expires > 0 then
+    for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, expires) end
+end
+return {redis.call('SCARD', KEYS[1]), redis.call('GET', KEYS[2]), redis.call('GET', KEYS[3])}
+"""
+
+SUFFIXES = (".d", ".s", ".t")
+CELERY_SUFFIXES = (*SUFFIXES, ".j", ".c", "")
+"""Every key that Celery's own backends, or we, may have made for a chord."""
+
+FAILING_OVER = (RedisConnectionError, RedisTimeoutError, ReadOnlyError)
+"""What a failover looks like from a client: a lost connection, silence, or a primary that no longer is one."""
+
+
+def is_failing_over(error: BaseException) -> bool:
+    """Whether ``error`` is what a client sees of a failover, a node that is loading included."""
+    if isinstance(error, FAILING_OVER):
+        return True
+    return isinstance(error, ResponseError) and str(error).startswith(
+        ("LOADING", "MASTERDOWN", "UNBLOCKED", "READONLY")
+    )
+
+
+class Counter:
+    """Counts parts.
+
+    :param client: gives the Redis client; asked each time, because a fork changes it.
+    :param key: the key of a group with a suffix, global prefix included.
+    :param budget: seconds for which a failing-over Valkey is retried.
+    """
+
+    def __init__(self, client: Callable[[], Any], key: Callable[[str, str], Any], budget: float) -> None:
+        self._client = client
+        self._key = key
+        self._budget = budget
+
+    def add(self, group_id: str, member: str, expires: int) -> bool:
+        """Count one part.
+
+        :param expires: the keys' time to live in seconds; 0 for none.
+        :returns: whether this may have completed the chord.
+        :raises RedisError: if Valkey stayed away for the whole budget.
+        """
+        keys = [self._key(group_id, suffix) for suffix in SUFFIXES]
+        count, size, added = self._persistently(lambda client: client.eval(_COUNT, len(keys), *keys, member, expires))
+        return size is not None and int(count) >= int(size) + int(added or 0)
+
+    def clear(self, group_id: str) -> None:
+        """Remove every key of a chord that is over. Best effort: the keys expire anyway."""
+        keys = [self._key(group_id, suffix) for suffix in CELERY_SUFFIXES]
+        try:
+            self._client().delete(*keys)
+        except RedisError as error:
+            logger.info("Keys of chord %s are left to expire: %r", group_id, error)
+
+    def _persistently(self, call: Callable[[Any], T]) -> T:
+        backoff = Backoff(SYSTEM, self._budget)
+        while True:
+            client = self._client()
+            try:
+                return call(client)
+            except RedisError as error:
+                if not is_failing_over(error):
+                    raise
+                # Whatever is pooled leads to where the primary was.
+                client.connection_pool.disconnect()
+                if not backoff.pause():
+                    raise

@@ -1,0 +1,177 @@
+"""The fence: a callback that is delivered twice runs once, and one whose worker died runs again.
+
+After a failover the broker may deliver a callback a second time: the pop or the acknowledgement was among the lost
+writes, or recovery pushed it again. Every such delivery has the same task id. So each start of a callback is claimed
+in PostgreSQL, under a lease that is renewed while it runs. A second delivery of a finished callback is acknowledged
+without running. A second delivery of one that runs elsewhere is dropped too: its message stays in the outbox until
+the callback has ended, so recovery delivers it again should its runner die.
+
+The fence sits around ``Task.run``, where raising ``Ignore`` ends a task without a result and without an error.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import wraps
+from typing import Any
+from uuid import uuid4
+
+from celery import Celery, signals
+from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, Reject
+from celery.utils.log import get_logger
+from celery.utils.nodenames import gethostname
+
+from patchpilot.backend.config import CALLBACK_OF
+from patchpilot.clock import SYSTEM
+from patchpilot.errors import PatchpilotError
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.queries import queries
+
+logger = get_logger(__name__)
+
+SQL = queries("fence")
+
+# Made in a worker's main process and inherited by its pool: siblings share it, and a sibling's pid can be looked up.
+INSTANCE = str(uuid4())
+
+
+def this_worker() -> str:
+    """The worker instance and the process, as recorded with what it runs."""
+    return f"{INSTANCE}/{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One execution of a fenced callback."""
+
+    task_id: str
+    attempt: str
+    group_id: str
+    owner: str
+
+    def row(self) -> dict[str, Any]:
+        return {"task_id": self.task_id, "attempt": self.attempt, "group_id": self.group_id, "owner": self.owner}
+
+
+class Fence:
+    """The fence of one application in this process.
+
+    :param lease: how long after its last renewal a start counts as dead.
+    """
+
+    def __init__(self, app: Celery, database: Database, lease: timedelta) -> None:
+        self._app = app
+        self._database = database
+        self._lease = lease
+
+    def install(self) -> None:
+        """Put the fence around every task of the application, now and whenever tasks are added."""
+        if self._app.finalized:
+            self._wrap_all()
+        else:
+            self._app.on_after_finalize.connect(self._wrap_all, weak=False)
+        # Modules imported later bring tasks of their own; a worker has imported all of its by then.
+        for moment in (signals.celeryd_after_setup, signals.worker_process_init):
+            moment.connect(self._wrap_all, weak=False, dispatch_uid=f"patchpilot.fence.{id(self._app)}")
+
+    def _wrap_all(self, **_: Any) -> None:
+        for task in self._app.tasks.values():
+            if not getattr(task.run, "patchpilot", False):
+                task.run = self._guarded(task, task.run)
+                if task.__trace__ is not None:  # the worker built its tracer before it first needed a backend
+                    task.__trace__ = build_tracer(task.name, task, self._app.loader, gethostname(), app=self._app)
+
+    def _guarded(self, task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            request = task.request
+            group_id = getattr(request, CALLBACK_OF, None)
+            if group_id is None or request.called_directly or getattr(request, "patchpilot_start", None):
+                return run(*args, **kwargs)
+            try:
+                start = self._begin(request, group_id)
+            except PatchpilotError as error:
+                # Without PostgreSQL nobody knows whether it ran: neither run it nor call it failed.
+                raise Reject(error, requeue=True) from error
+            request.patchpilot_start = start
+            with _Renewal(lambda: self._renew(start), self._lease):
+                return run(*args, **kwargs)
+
+        guarded.patchpilot = True  # type: ignore[attr-defined]
+        return guarded
+
+    def _begin(self, request: Any, group_id: str) -> Start:
+        """Claim the start of a callback.
+
+        :raises Ignore: it has run already, or is running.
+        """
+        attempt = f"{request.retries or 0}/{request.replaced_task_nesting or 0}"
+        start = Start(request.id, attempt, group_id, str(uuid4()))
+        if self._start(start):
+            return start
+        rows = self._database.fetch(SQL["look"], start.row())
+        if rows and not rows[0]["finished"] and _is_gone(rows[0]["worker"]) and self._start(start, rows[0]["worker"]):
+            logger.warning("Callback %s of chord %s runs again: its process died", request.id, group_id)
+            return start
+        if rows and not rows[0]["finished"]:
+            # Not ours to end: the message stays in the outbox for as long as the other execution lives.
+            request.patchpilot_keep = True
+        logger.warning("Callback %s of chord %s was delivered again and is not run again", request.id, group_id)
+        raise Ignore
+
+    def _start(self, start: Start, gone: str = "") -> bool:
+        row = {**start.row(), "worker": this_worker(), "lease": self._lease, "gone": gone}
+        return bool(self._database.fetch(SQL["start"], row))
+
+    def _renew(self, start: Start) -> None:
+        try:
+            if not self._database.execute(SQL["renew"], {**start.row(), "lease": self._lease}):
+                logger.error("Callback %s lost its lease while it runs; it may run twice", start.task_id)
+        except PatchpilotError as error:
+            logger.warning("The lease of callback %s was not renewed: %s", start.task_id, error)
+
+    def end(self, start: Start, *, again: bool) -> None:
+        """The execution is over. ``again``: its message goes back to the queue, and the next delivery may run."""
+        try:
+            self._database.execute(SQL["give_up" if again else "finish"], start.row())
+        except PatchpilotError as error:
+            logger.error("The end of callback %s was not recorded: %s", start.task_id, error)  # noqa: TRY400
+
+
+def _is_gone(worker: str) -> bool:
+    """Whether ``worker`` was a process of our own worker instance that is no more. Of others we cannot know."""
+    instance, _, pid = worker.partition("/")
+    if instance != INSTANCE:
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+class _Renewal:
+    """Renews a lease from a thread of its own while the body runs."""
+
+    def __init__(self, renew: Callable[[], None], lease: timedelta) -> None:
+        self._renew = renew
+        self._every = lease.total_seconds() / 3
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="patchpilot-lease", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _work(self) -> None:
+        while not SYSTEM.wait(self._over, self._every):
+            self._renew()

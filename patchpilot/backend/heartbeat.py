@@ -1,0 +1,65 @@
+"""A worker's sign of life in PostgreSQL.
+
+Recovery asks workers over the broker what they hold. One that does not answer may be dead, or busy, or still
+reconnecting after a failover; only the first of these has lost its messages. A worker that is alive says so here,
+past the broker, every few seconds, and as long as it does, what it may hold is not taken for lost.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from datetime import timedelta
+from typing import Any
+
+from celery import signals
+from celery.utils.log import get_logger
+
+from patchpilot.backend import holdings
+from patchpilot.backend.fence import INSTANCE
+from patchpilot.clock import SYSTEM
+from patchpilot.errors import PatchpilotError
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.queries import queries
+
+logger = get_logger(__name__)
+
+EVERY = timedelta(seconds=2)
+STALE = timedelta(seconds=10)
+"""A worker that was not heard of for this long counts as dead."""
+
+SQL = queries("workers")
+
+
+class Heartbeat:
+    """Says that this worker is alive, from when it is ready until it shuts down."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._over = threading.Event()
+        self._pid = os.getpid()
+
+    def install(self) -> None:
+        """Begin when the worker is ready. Nothing happens in a process that is no worker."""
+        signals.worker_ready.connect(self._begin, weak=False, dispatch_uid="patchpilot.heartbeat.begin")
+        signals.worker_shutdown.connect(self._end, weak=False, dispatch_uid="patchpilot.heartbeat.end")
+
+    def _begin(self, sender: Any = None, **_: Any) -> None:
+        holdings.install()
+        name = getattr(sender, "hostname", None) or "worker"
+        threading.Thread(target=self._beat, args=(name,), name="patchpilot-heartbeat", daemon=True).start()
+
+    def _beat(self, name: str) -> None:
+        while not self._over.is_set() and os.getpid() == self._pid:
+            try:
+                self._database.execute(SQL["seen"], {"instance": INSTANCE, "name": name})
+            except PatchpilotError as error:
+                logger.warning("No sign of life was left in PostgreSQL: %s", error)
+            SYSTEM.wait(self._over, EVERY.total_seconds())
+
+    def _end(self, **_: Any) -> None:
+        self._over.set()
+        try:
+            self._database.execute(SQL["gone"], {"instance": INSTANCE})
+        except PatchpilotError as error:
+            logger.info("The worker's end was not recorded: %s", error)

@@ -1,0 +1,78 @@
+"""Waiting for results: woken by Valkey, told the truth by PostgreSQL.
+
+``AsyncResult.get`` waits for a PUBLISH on Valkey, as on Celery's Redis backend. A failover can lose that message or
+the subscription, so whoever waits also asks PostgreSQL from time to time, and no trouble with Valkey ever reaches the
+caller: publishing a task must not fail because a subscription did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.utils.log import get_logger
+from redis.exceptions import RedisError
+
+from patchpilot.clock import SYSTEM
+
+logger = get_logger(__name__)
+
+ASK_EVERY = 2.0
+"""Seconds after which a waiter that heard nothing asks PostgreSQL."""
+
+
+class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
+    """Celery's consumer of result notifications, made safe against a Valkey that goes away."""
+
+    _pubsub: Any
+    _asked_at = 0.0
+
+    @contextmanager
+    def reconnect_on_error(self) -> Iterator[None]:
+        # Celery's waits up to 20 s for a connection here, in whoever's thread: a producer's, a finaliser's at exit.
+        yield
+
+    def start(self, initial_task_id: str, **kwargs: Any) -> None:
+        self._calmly(lambda: super(ResultConsumer, self).start(initial_task_id, **kwargs))
+
+    def consume_from(self, task_id: str) -> None:
+        self._calmly(lambda: super(ResultConsumer, self).consume_from(task_id))
+
+    def cancel_for(self, task_id: str) -> None:
+        self._calmly(lambda: super(ResultConsumer, self).cancel_for(task_id))
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        if not self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout)):
+            SYSTEM.sleep(min(timeout or 0.1, 0.1))
+        now = SYSTEM.monotonic()
+        if now - self._asked_at >= ASK_EVERY:
+            self._asked_at = now
+            self._ask()
+
+    def _ask(self) -> None:
+        """Take the results that are ready from PostgreSQL, for every task somebody waits for."""
+        waited_for = {task_id for pending in self._pending_results for task_id in pending}
+        for meta in self.backend.ready_metas(waited_for):
+            self.on_state_change(meta, None)
+        if self._pubsub is None:
+            for task_id in waited_for:
+                self.consume_from(task_id)
+
+    def _calmly(self, work: Callable[[], Any]) -> bool:
+        try:
+            work()
+        except (RedisError, OSError, RuntimeError, ImportError) as error:  # ImportError: at the interpreter's end
+            if isinstance(error, TimeoutError):
+                raise  # an ordinary poll that heard nothing
+            logger.debug("Result notifications are interrupted: %r", error)
+            # The next call subscribes on a new connection; what was subscribed to is asked of PostgreSQL.
+            pubsub = self._pubsub
+            self._pubsub = None
+            self.subscribed_to.clear()
+            if pubsub is not None:
+                with suppress(RedisError, OSError):
+                    pubsub.close()
+            return False
+        return True

@@ -1,0 +1,106 @@
+"""What a person sees: lines on standard error, data on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from patchpilot.errors import Usage
+from patchpilot.settings import Settings, load, parse_duration
+from patchpilot.telemetry import mask
+
+
+class Output(StrEnum):
+    """How data is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="The TOML configuration [default: patchpilot.toml, if it is there]."
+    ),
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Text for people, or JSON for scripts.")]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", metavar="NAME", help="The cluster's name in the configuration.")
+]
+
+
+def say(line: str) -> None:
+    """A message for a person."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is where printing happens
+
+
+def emit(text: str) -> None:
+    """Data."""
+    print(text, flush=True)  # noqa: T201 - this is where printing happens
+
+
+def emit_json(data: Any) -> None:
+    """Data for a script."""
+    emit(mask(json.dumps(data, indent=2, default=str)))
+
+
+def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Data for a person, in columns as wide as they need to be."""
+    table = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def read_settings(config: Path | None) -> Settings:
+    """The settings, from the configuration file and the environment."""
+    return load(config)
+
+
+def the_broker(settings: Settings, name: str | None) -> str:
+    """The cluster called ``name``, or the only broker there is.
+
+    :raises Usage: if there is no such cluster, it is no broker, or there are several to choose from.
+    """
+    if name is not None:
+        if settings.cluster(name).role != "broker":
+            raise Usage(
+                f"cluster {name!r} is a {settings.cluster(name).role}, not a broker: there is nothing to recover"
+            )
+        return name
+    brokers = sorted(key for key, cluster in settings.clusters.items() if cluster.role == "broker")
+    if len(brokers) != 1:
+        known = ", ".join(brokers) or "none"
+        raise Usage(f"say which broker with --cluster (brokers in the configuration: {known})")
+    return brokers[0]
+
+
+def duration(text: str | None, default: timedelta, option: str) -> timedelta:
+    """The value of a duration option.
+
+    :raises Usage: if it is not one.
+    """
+    if text is None:
+        return default
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise Usage(f"{option}: {error}") from None
+
+
+def ago(span: timedelta) -> str:
+    """A span for a person: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
+    seconds = int(span.total_seconds())
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if minutes < 60:
+        return f"{minutes}m {seconds % 60}s" if minutes < 10 else f"{minutes}m"
+    return f"{hours}h {minutes % 60}m" if hours < 24 else f"{days}d {hours % 24}h"

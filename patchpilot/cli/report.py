@@ -1,0 +1,56 @@
+"""``patchpilot report``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from patchpilot import report as reports
+from patchpilot.cli.console import (
+    ClusterOption,
+    ConfigOption,
+    Output,
+    OutputOption,
+    emit,
+    emit_json,
+    read_settings,
+    say,
+)
+from patchpilot.errors import Usage
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.journal import Run, entries, find_run, runs
+from patchpilot.settings import Settings
+
+
+def report(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run [default: the newest].")] = None,
+    config: ConfigOption = None,
+    cluster: ClusterOption = None,
+    write: Annotated[bool, typer.Option("--write", help="Write report.json and report.md again as well.")] = False,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Make the report of a run again, from its journal: the Markdown for people, or the JSON it is made from.
+
+    The report is a function of the journal, so it can be made of a run that is still under way, or years later.
+    """
+    settings = read_settings(config)
+    with Database(settings.postgres_dsn()) as database:
+        found = find_run(database, run) if run is not None else _newest(database, settings, cluster)
+        data = reports.build(entries(database, found.id), found)
+    if write:
+        for path in reports.write(data, settings.reports):
+            say(f"wrote {path}")
+    if output is Output.JSON:
+        emit_json(data)
+    else:
+        emit(reports.markdown(data))
+
+
+def _newest(database: Database, settings: Settings, cluster: str | None) -> Run:
+    if cluster is not None:
+        settings.cluster(cluster)
+    found = runs(database, settings.environment, cluster, limit=1)
+    if not found:
+        raise Usage("there are no runs yet")
+    return found[0]

@@ -1,0 +1,164 @@
+"""The ElastiCache API over HTTP: moto's server, with the operations that moto lacks.
+
+moto promises none of the seams used here, so its version is pinned and `tests/contract/test_simulator_moto.py` holds
+them. Operations that this lab does not model (users, tags, subnet groups) are still moto's own, as are the other AWS
+services.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from moto.core.responses import ActionResult
+from moto.elasticache import urls
+from moto.elasticache.exceptions import ElastiCacheException
+from moto.elasticache.responses import ElastiCacheResponse
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import BaseWSGIServer, make_server
+
+from patchpilot.errors import Unsafe
+from patchpilot.lab.api import Api, Fault, Operator
+from patchpilot.lab.launch import HOST
+from patchpilot.lab.world import World
+
+_POLL_SECONDS = 0.02
+
+
+class Cloud:
+    """A running simulator.
+
+    :param operators: who works on the nodes, by replication group.
+    :param calls: a JSON-lines file that gets one line for each ElastiCache call, when it arrives and whatever becomes
+        of it: `time` (UTC, ISO 8601), `action` and `parameters`.
+    """
+
+    def __init__(self, world: World, operators: Mapping[str, Operator], *, calls: Path) -> None:
+        self.world = world
+        self.calls = calls
+        self.api = Api(world, operators)
+        self._writing = threading.Lock()
+        self._server: BaseWSGIServer | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """The endpoint URL for boto3."""
+        if self._server is None:
+            raise Unsafe("the simulator does not run")
+        return f"http://{HOST}:{self._server.server_port}"
+
+    def start(self) -> None:
+        """Answer requests, on a free port."""
+        install()
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        # What moto's own ThreadedMotoServer does, except that this one stops at once.
+        application = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server(HOST, 0, application, threaded=True, request_handler=MotoRequestHandler)
+        LabResponse.clouds[self._server.server_port] = self
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": _POLL_SECONDS}, name="simulator", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer no more."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+            del LabResponse.clouds[self._server.server_port]
+            self._server = self._thread = None
+
+    def record(self, action: str, parameters: Mapping[str, Any]) -> None:
+        """Write one call down."""
+        row = {"time": self.world.now().isoformat(), "action": action, "parameters": parameters}
+        with self._writing, self.calls.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row, default=str) + "\n")
+
+
+def install() -> None:
+    """Make moto's servers in this process dispatch ElastiCache requests to :class:`LabResponse`.
+
+    A server looks its routes up at its first request, so this has to come before. Requests that reach moto in any other
+    way are answered by moto as ever.
+    """
+    urls.url_paths["{0}/$"] = LabResponse.dispatch
+
+
+class LabResponse(ElastiCacheResponse):
+    """One request. moto calls the method that is named like the action."""
+
+    clouds: ClassVar[dict[int, Cloud]] = {}
+    """The running simulators of this process, by port."""
+
+    def call_action(self) -> Any:
+        """Log the call, and answer what neither the lab nor moto knows in the way of AWS instead of with a 500."""
+        cloud = self._cloud()
+        if cloud is None:
+            return super().call_action()
+        cloud.record(self._get_action(), getattr(self, "params", {}))
+        try:
+            return super().call_action()
+        except NotImplementedError as error:
+            # Of the codes for this, botocore's model knows this one.
+            fault = ElastiCacheException("InvalidParameterValue", str(error))
+            status, headers, body = self.serialized(ActionResult(fault))
+            return status, {**headers, "status": str(status)}, body
+
+    def describe_replication_groups(self) -> ActionResult:
+        return self._answer() or super().describe_replication_groups()
+
+    def describe_cache_clusters(self) -> ActionResult:
+        return self._answer() or super().describe_cache_clusters()
+
+    def describe_service_updates(self) -> ActionResult:
+        return self._modelled()
+
+    def describe_update_actions(self) -> ActionResult:
+        return self._modelled()
+
+    def describe_events(self) -> ActionResult:
+        return self._modelled()
+
+    def batch_apply_update_action(self) -> ActionResult:
+        return self._modelled()
+
+    def batch_stop_update_action(self) -> ActionResult:
+        return self._modelled()
+
+    def test_failover(self) -> ActionResult:
+        return self._modelled()
+
+    def _modelled(self) -> ActionResult:
+        answer = self._answer()
+        if answer is None:
+            raise NotImplementedError(f"{self._get_action()} is answered by a lab's own server only")
+        return answer
+
+    def _answer(self) -> ActionResult | None:
+        cloud = self._cloud()
+        if cloud is None:
+            return None
+        api = cloud.api if self.region == cloud.world.region else Api(World(region=self.region), {})
+        try:
+            return ActionResult(api.answer(self._get_action(), self.params))
+        except Fault as fault:
+            raise ElastiCacheException(fault.code, fault.message) from fault
+
+    def _cloud(self) -> Cloud | None:
+        port = self.normalized_request.environ.get("SERVER_PORT", "")
+        return self.clouds.get(int(port)) if str(port).isdigit() else None

@@ -1,0 +1,160 @@
+"""One PostgreSQL connection per process, opened when first needed, reopened when lost.
+
+Workers fork, so a connection belongs to the process that opened it: a child opens its own and leaves its parent's
+alone. Nothing here relies on session state (no prepared statements, no LISTEN, no advisory locks held between
+statements), so a transaction pooler may stand in between.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, LiteralString, Self, TypeVar
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+
+from patchpilot.clock import SYSTEM, Backoff, Clock
+from patchpilot.errors import NeedsOperator, Transient
+
+T = TypeVar("T")
+
+Connection = psycopg.Connection[DictRow]
+Row = DictRow
+
+CONNECT_TIMEOUT = 5
+"""Seconds one attempt to connect may take."""
+
+# Where PostgreSQL is reachable but will never accept us: class 28 (authorisation), 3D000 (no such database).
+_HOPELESS = ("28", "3D")
+
+
+class Database:
+    """The durable record, as one process sees it. Safe to share between threads: they take turns.
+
+    :param dsn: a libpq connection string or URL. Never logged, never part of an error.
+    :param budget: how long, in seconds, a lost connection is retried before the caller hears of it.
+    """
+
+    def __init__(self, dsn: str, *, budget: float = 10.0, clock: Clock = SYSTEM) -> None:
+        self._dsn = dsn
+        self._budget = budget
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._connection: Connection | None = None
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, work: Callable[[Connection], T]) -> T:
+        """Do ``work`` in one transaction, again from the start if the connection is lost on the way.
+
+        ``work`` must therefore be idempotent: a commit whose answer was lost is repeated.
+
+        :raises Transient: PostgreSQL stayed away for the whole budget.
+        :raises NeedsOperator: it refuses us, or its schema is not ours.
+        """
+
+        def transact(connection: Connection) -> T:
+            with connection.transaction():
+                return work(connection)
+
+        return self._persistently(transact)
+
+    def _persistently(self, work: Callable[[Connection], T]) -> T:
+        backoff = Backoff(self._clock, self._budget)
+        while True:
+            try:
+                with self._ours() as connection:
+                    return work(connection)
+            except psycopg.OperationalError as error:
+                self._drop()
+                if _is_hopeless(error):
+                    raise NeedsOperator(f"PostgreSQL refuses the connection: {_reason(error)}") from error
+                if not backoff.pause():
+                    raise Transient(f"PostgreSQL cannot be reached: {_reason(error)}") from error
+            except (
+                psycopg.errors.UndefinedTable,
+                psycopg.errors.UndefinedColumn,
+                psycopg.errors.InvalidSchemaName,
+            ) as error:
+                raise NeedsOperator("the patchpilot tables are missing or old: run `patchpilot db migrate`") from error
+
+    def fetch(self, sql: LiteralString, params: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
+        """Run one statement, a transaction by itself, and return its rows. Idempotent ones only, as for :meth:`run`."""
+        return self._persistently(lambda connection: _rows(connection, sql, params))
+
+    def execute(self, sql: LiteralString, params: Sequence[Any] | dict[str, Any] = ()) -> int:
+        """Run one statement, likewise, and return how many rows it touched."""
+        return self._persistently(lambda connection: connection.execute(sql, params).rowcount)
+
+    def close(self) -> None:
+        """Close this process's connection; the next statement opens a new one."""
+        with self._lock:
+            if self._pid == os.getpid():
+                self._drop()
+
+    @contextmanager
+    def _ours(self) -> Iterator[Connection]:
+        if self._pid != os.getpid():
+            self._after_fork()
+        with self._lock:
+            if self._connection is None or self._connection.closed:
+                self._connection = psycopg.connect(
+                    self._dsn,
+                    row_factory=dict_row,
+                    connect_timeout=CONNECT_TIMEOUT,
+                    prepare_threshold=None,
+                    autocommit=True,
+                    application_name="patchpilot",
+                )
+            yield self._connection
+
+    def _after_fork(self) -> None:
+        # Only reached in a child that has not used the database yet. The parent's connection is kept, unused, so that
+        # nothing here says goodbye on the parent's socket; its lock may be held by a thread that was not forked.
+        self._inherited = self._connection
+        self._lock = threading.RLock()
+        self._connection = None
+        self._pid = os.getpid()
+
+    def _drop(self) -> None:
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+
+_databases: dict[str, Database] = {}
+_databases_lock = threading.Lock()
+
+
+def database(dsn: str, budget: float = 10.0) -> Database:
+    """The process-wide :class:`Database` for ``dsn``. The first caller's ``budget`` stands."""
+    with _databases_lock:
+        return _databases.setdefault(dsn, Database(dsn, budget=budget))
+
+
+def _rows(connection: Connection, sql: LiteralString, params: Sequence[Any] | dict[str, Any]) -> list[Row]:
+    cursor = connection.execute(sql, params)
+    return cursor.fetchall() if cursor.description is not None else []
+
+
+def _is_hopeless(error: psycopg.Error) -> bool:
+    if error.sqlstate is not None:
+        return error.sqlstate.startswith(_HOPELESS)
+    # libpq gives no SQLSTATE for a refused log-in.
+    text = str(error)
+    return "authentication failed" in text or "does not exist" in text or "no pg_hba.conf entry" in text
+
+
+def _reason(error: Exception) -> str:
+    """The first line of the driver's message, which names the server but never the password."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].removeprefix("connection failed: ") if lines else type(error).__name__

@@ -1,0 +1,29 @@
+-- What starts twice runs once.
+
+-- name: start
+-- A row comes back when the execution may begin: nobody began it, or whoever did is gone.
+INSERT INTO patchpilot.fence AS f (group_id, task_id, attempt, owner, worker, lease_until)
+VALUES (%(group_id)s, %(task_id)s, %(attempt)s, %(owner)s, %(worker)s, now() + %(lease)s)
+ON CONFLICT (group_id, task_id, attempt) DO UPDATE
+SET owner = EXCLUDED.owner, worker = EXCLUDED.worker, lease_until = EXCLUDED.lease_until, started_at = now(),
+    starts = f.starts + CASE WHEN f.owner = EXCLUDED.owner THEN 0 ELSE 1 END
+WHERE f.finished_at IS NULL
+  AND (f.lease_until < now() OR f.owner = EXCLUDED.owner OR f.worker = %(gone)s)
+RETURNING f.starts
+
+-- name: look
+SELECT worker, finished_at IS NOT NULL AS finished
+FROM patchpilot.fence WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND attempt = %(attempt)s
+
+-- name: renew
+UPDATE patchpilot.fence SET lease_until = now() + %(lease)s
+WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s AND finished_at IS NULL
+
+-- name: finish
+UPDATE patchpilot.fence SET finished_at = now()
+WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s AND finished_at IS NULL
+
+-- name: give_up
+-- The task was rejected to be delivered again: the next delivery is a first one.
+DELETE FROM patchpilot.fence
+WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s AND finished_at IS NULL

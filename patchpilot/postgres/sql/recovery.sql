@@ -1,0 +1,103 @@
+-- What recovery reads, and the guards under which it writes.
+
+-- name: open_chords
+-- Every chord whose callback is not out yet and that made no progress for a while.
+WITH open_chord AS (
+    SELECT c.group_id, c.callback_id, c.callback_name, c.state = 'claimed' AS claimed, c.publish_error,
+           coalesce(c.claim_until > now(), false) AS claim_live,
+           greatest(c.created_at, part.last_return, message.last_sent) AS progress_at,
+           part.total, part.returned, part.ended, part.inner_chords, coalesce(message.count, 0) AS messages
+    FROM patchpilot.chord c
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS total, count(p.state) AS returned, max(p.returned_at) AS last_return,
+               count(*) FILTER (WHERE p.state IS NULL AND r.task_id IS NOT NULL) AS ended,
+               count(*) FILTER (WHERE p.state IS NULL AND inner_chord.group_id IS NOT NULL) AS inner_chords
+        FROM patchpilot.chord_part p
+        LEFT JOIN patchpilot.result r
+            ON p.state IS NULL AND r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+            AND r.stored_at BETWEEN c.created_at AND now() - %(interrupted_after)s
+        LEFT JOIN patchpilot.chord inner_chord
+            ON p.state IS NULL AND inner_chord.callback_id = p.task_id AND inner_chord.state IN ('open', 'claimed')
+        WHERE p.group_id = c.group_id
+    ) part
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS count, max(o.sent_at) AS last_sent FROM patchpilot.outbox o WHERE o.group_id = c.group_id
+    ) message ON true
+    WHERE c.state IN ('open', 'claimed')
+)
+SELECT *, now() - progress_at AS age
+FROM open_chord
+WHERE progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+ORDER BY progress_at, group_id
+
+-- name: distrust_counts
+-- A count that was cut short shows only when the last part has returned, and that may be long after recovery. From here
+-- on the parts of every chord that is open now are counted in PostgreSQL.
+UPDATE patchpilot.chord SET distrusted = true WHERE state IN ('open', 'claimed') AND NOT distrusted
+
+-- name: messages
+-- Every message whose task has not ended, as far as PostgreSQL knows.
+SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
+       o.sent_at, o.resends, o.expires < now() AS expired, now() - o.sent_at AS age,
+       r.task_id IS NOT NULL OR coalesce(f.finished, false) AS ended, coalesce(f.running, false) AS running
+FROM patchpilot.outbox o
+LEFT JOIN patchpilot.result r
+    ON r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+LEFT JOIN LATERAL (
+    SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
+           bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running
+    FROM patchpilot.fence
+    WHERE fence.group_id = o.callback_of AND fence.task_id = o.task_id
+      AND fence.attempt = (o.headers ->> 'retries') || '/' || coalesce(o.headers ->> 'replaced_task_nesting', '0')
+) f ON o.callback_of IS NOT NULL
+WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+ORDER BY o.sent_at, o.message_id
+
+-- name: still_there
+-- Which of these messages nobody has ended or sent again since they were looked at.
+SELECT o.message_id::text
+FROM patchpilot.outbox o
+JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
+    ON seen.message_id = o.message_id AND seen.resends = o.resends
+
+-- name: workers
+SELECT instance::text, name, seen_at > now() - %(stale)s AS alive FROM patchpilot.worker
+
+-- name: ended_parts
+-- Parts that are still to come although their task has ended: the return was interrupted.
+SELECT p.task_id, r.meta
+FROM patchpilot.chord_part p
+JOIN patchpilot.chord c USING (group_id)
+JOIN patchpilot.result r
+    ON r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= c.created_at
+WHERE p.group_id = %(group_id)s AND p.state IS NULL
+
+-- name: take
+-- Compare and set: of several recoveries that saw the same loss, one gets the message.
+UPDATE patchpilot.outbox
+SET sent_at = now(), resends = resends + 1
+WHERE message_id = %(message_id)s AND resends = %(resends)s
+RETURNING message_id::text, task_id, task_name, exchange, routing_key, headers, properties, body, content_type,
+          content_encoding
+
+-- name: close_ended
+-- Messages whose task has ended, but whose worker died before it could say so here.
+DELETE FROM patchpilot.outbox WHERE message_id = ANY(%(message_ids)s::uuid[])
+
+-- name: record
+INSERT INTO patchpilot.remedy (run_id, kind, subject, diagnosis, remedy, callback, reason)
+VALUES (%(run_id)s, %(kind)s, %(id)s, %(diagnosis)s, %(remedy)s, %(callback)s, %(reason)s)
+
+-- name: applied
+SELECT applied_at, kind, subject, diagnosis, remedy, callback, reason
+FROM patchpilot.remedy WHERE run_id = %(run_id)s ORDER BY id
+
+-- name: serializer
+SELECT result_serializer FROM patchpilot.chord WHERE group_id = %(group_id)s
+
+-- name: repeated_starts
+-- Callbacks that started more than once because a worker died inside them: their effect may have happened twice.
+SELECT f.task_id, f.group_id, f.starts, c.callback_name
+FROM patchpilot.fence f LEFT JOIN patchpilot.chord c USING (group_id)
+WHERE f.starts > 1 AND f.started_at >= %(since)s
+ORDER BY f.started_at

@@ -1,0 +1,25 @@
+-- Task results and saved groups.
+
+-- name: store
+-- A result that is a success stays: a late duplicate must not overwrite it.
+INSERT INTO patchpilot.result AS r (task_id, state, meta)
+VALUES (%(task_id)s, %(state)s, %(meta)s)
+ON CONFLICT (task_id) DO UPDATE
+SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now()
+WHERE r.state <> 'SUCCESS'
+
+-- name: get
+SELECT task_id, meta FROM patchpilot.result WHERE task_id = ANY(%(task_ids)s)
+
+-- name: forget
+DELETE FROM patchpilot.result WHERE task_id = %(task_id)s
+
+-- name: save_group
+INSERT INTO patchpilot.saved_group (group_id, meta) VALUES (%(group_id)s, %(meta)s)
+ON CONFLICT (group_id) DO UPDATE SET meta = EXCLUDED.meta, stored_at = now()
+
+-- name: get_group
+SELECT meta FROM patchpilot.saved_group WHERE group_id = %(group_id)s
+
+-- name: delete_group
+DELETE FROM patchpilot.saved_group WHERE group_id = %(group_id)s

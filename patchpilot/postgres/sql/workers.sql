@@ -1,0 +1,8 @@
+-- Which workers are alive, as they say themselves.
+
+-- name: seen
+INSERT INTO patchpilot.worker (instance, name) VALUES (%(instance)s, %(name)s)
+ON CONFLICT (instance) DO UPDATE SET seen_at = now(), name = EXCLUDED.name
+
+-- name: gone
+DELETE FROM patchpilot.worker WHERE instance = %(instance)s OR seen_at < now() - interval '1 day'

@@ -1,0 +1,213 @@
+"""Evidence: what PostgreSQL, the broker and the workers know. Reads only, and decides nothing.
+
+A message changes hands all the time: from the outbox to a queue, to a worker, to its end. So that one that is between
+two hands is not taken for lost, the order matters: the outbox first, then the broker, then the workers, then the
+broker and the outbox again. What was in nobody's hands in both looks, and is still in the outbox, is nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from patchpilot.backend.heartbeat import EVERY
+from patchpilot.backend.holdings import COMMAND
+from patchpilot.clock import Backoff, Clock
+from patchpilot.errors import Transient
+from patchpilot.postgres.connection import Database, Row
+from patchpilot.postgres.queries import queries
+from patchpilot.recovery.findings import Window
+from patchpilot.valkey.broker import Broker
+
+SQL = queries("recovery")
+
+INTERRUPTED_AFTER = timedelta(seconds=10)
+"""A worker stores a task's result and then returns its part. If that takes longer than this, it was interrupted."""
+
+ASK_SECONDS = 1.0
+"""How long workers have to answer. They answer from their main process, also while their pool is busy."""
+
+
+class Where(StrEnum):
+    """In whose hands a message is."""
+
+    QUEUED = "queued"
+    HELD = "held"
+    """A living worker has it."""
+    ABANDONED = "abandoned"
+    """Taken by a worker that no longer has it: the broker gives it back after the visibility timeout."""
+    NOWHERE = "nowhere"
+    UNKNOWN = "unknown"
+    """In nobody's hands that answered, but a worker that is alive did not answer."""
+    ENDED = "ended"
+    """Its task has ended; only the outbox does not know."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One task message of the outbox, and where it is."""
+
+    message_id: str
+    task_id: str
+    task_name: str
+    group_id: str | None
+    callback_of: str | None
+    where: Where
+    age: timedelta
+    expired: bool
+    resends: int
+    sent_at: datetime
+    tag: str | None = None
+    """Its delivery tag, if it is unacknowledged."""
+
+
+@dataclass(frozen=True)
+class Chord:
+    """One chord whose callback is not out yet."""
+
+    group_id: str
+    callback: str
+    age: timedelta
+    total: int
+    returned: int
+    ended: int
+    """Parts still to come whose task has ended."""
+    inner_chords: int
+    """Parts still to come that are the callback of another open chord."""
+    messages: int
+    """Messages of the header in the outbox."""
+    claimed: bool
+    claim_live: bool
+    publish_error: str | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was found."""
+
+    chords: tuple[Chord, ...]
+    messages: tuple[Message, ...]
+    answered: frozenset[str] = frozenset()
+    """Workers that answered."""
+    silent: frozenset[str] = frozenset()
+    """Workers that are alive and did not answer."""
+
+
+class Collector:
+    """Collects evidence from one site.
+
+    :param stale: a worker that gave no sign of life for this long counts as dead.
+    """
+
+    def __init__(self, database: Database, broker: Broker, app: Celery, clock: Clock, stale: timedelta) -> None:
+        self._database = database
+        self._broker = broker
+        self._app = app
+        self._clock = clock
+        self._stale = stale
+
+    def collect(self, window: Window) -> Evidence:
+        """Look at everything in ``window``.
+
+        :raises Transient: if PostgreSQL or the broker cannot be read.
+        """
+        self._broker.check()
+        span = {"min_age": window.min_age, "max_age": window.max_age}
+        asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
+        chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
+        rows = self._database.fetch(SQL["messages"], span)
+        messages, answered, silent = self._locate(rows)
+        return Evidence(chords, messages, answered, silent)
+
+    def _locate(self, rows: list[Row]) -> tuple[tuple[Message, ...], frozenset[str], frozenset[str]]:
+        if not rows:
+            return (), frozenset(), frozenset()
+        first = self._holdings(rows)
+        unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
+        if not unseen:
+            return tuple(_message(row, _settled(row), None) for row in rows), frozenset(), frozenset()
+        held, answered, silent = self._ask({row["message_id"] for row in unseen})
+        second = self._holdings(rows)
+        still = self._still_there(unseen)
+        found = []
+        for row in rows:
+            key = row["message_id"]
+            tag = second.unacked.get(key)
+            if row["ended"] or key in first.queued or key in second.queued:
+                where = _settled(row)
+            elif key in held or row["running"] or key not in still:
+                where = Where.HELD
+            elif (key in first.unacked) != (key in second.unacked):
+                where = Where.HELD  # it moved between the two looks, so somebody is at it
+            elif silent:
+                where = Where.UNKNOWN
+            else:
+                where = Where.ABANDONED if tag else Where.NOWHERE
+            found.append(_message(row, where, tag))
+        return tuple(found), answered, silent
+
+    def _holdings(self, rows: Iterable[Row]) -> Any:
+        queues = {row["queue"] or row["routing_key"] for row in rows}
+        return self._broker.holdings(queues, {row["exchange"] for row in rows if row["exchange"]})
+
+    def _still_there(self, rows: list[Row]) -> set[str]:
+        params = {"message_ids": [row["message_id"] for row in rows], "resends": [row["resends"] for row in rows]}
+        return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
+
+    def _ask(self, message_ids: set[str]) -> tuple[set[str], frozenset[str], frozenset[str]]:
+        """Which of these messages some worker has, which workers answered, and which are alive and did not.
+
+        A worker that does not answer is waited for until it answers or has not been heard of for so long that it
+        counts as dead. One that lives on in silence (busy, or cut off from the broker) leaves its messages unknown.
+        Workers go by instance: two of them may have the same name.
+        """
+        held: set[str] = set()
+        answered: set[str] = set()
+        patience = Backoff(self._clock, (self._stale + EVERY).total_seconds(), first=0.5)
+        while True:
+            for answer in self._query(message_ids):
+                answered.add(answer["instance"])
+                held.update(answer["held"])
+            silent = self._alive() - answered
+            if not silent or not patience.pause():
+                return held, frozenset(answered), frozenset(silent)
+
+    def _query(self, message_ids: set[str]) -> list[dict[str, Any]]:
+        try:
+            # A connection of its own each time: a pooled one may lead to where the primary was.
+            with self._app.connection_for_write() as connection:
+                replies = self._app.control.broadcast(
+                    COMMAND, arguments={"message_ids": sorted(message_ids)}, reply=True, timeout=ASK_SECONDS,
+                    connection=connection,
+                )  # fmt: skip
+        except (OperationalError, RedisError, OSError) as error:
+            raise Transient(f"the workers cannot be asked, the broker is away: {error}") from error
+        answers = [answer for reply in replies or () for answer in reply.values()]
+        # A worker without this backend does not know the command, and says so.
+        return [answer for answer in answers if isinstance(answer, dict) and "instance" in answer]
+
+    def _alive(self) -> set[str]:
+        return {row["instance"] for row in self._database.fetch(SQL["workers"], {"stale": self._stale}) if row["alive"]}
+
+
+def _settled(row: Row) -> Where:
+    return Where.ENDED if row["ended"] else Where.QUEUED
+
+
+def _chord(row: Row) -> Chord:
+    names = ("group_id", "age", "total", "returned", "ended", "inner_chords", "messages", "claimed", "claim_live")
+    return Chord(
+        callback=row["callback_name"], publish_error=row["publish_error"], **{name: row[name] for name in names}
+    )
+
+
+def _message(row: Row, where: Where, tag: str | None) -> Message:
+    names = ("message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at")
+    return Message(where=where, expired=bool(row["expired"]), tag=tag, **{name: row[name] for name in names})

@@ -1,0 +1,170 @@
+"""From the journal to ``report.json``. Pure: the same entries give the same report, years later too.
+
+Steps and facts are looked up by their durable names, never by their order, and whatever is missing is reported as
+missing: a run that was blocked or is under way has a report as well. ``report.schema.json`` describes the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from patchpilot.engine.journal import Entry, Kind, RunRecord
+from patchpilot.errors import Exit
+from patchpilot.postgres.journal import Run
+from patchpilot.report.story import interruptions, phases, timeline
+from patchpilot.telemetry import mask
+
+Json = dict[str, Any]
+
+SCHEMA_VERSION = 1
+"""Raised when a reader of an older report would misread a newer one; new keys alone do not raise it."""
+
+OWN_PHASE = "report"
+"""The phase that writes the report. Its entries are no part of it, or writing it would change it."""
+
+_STOPPED = {Exit.BLOCKED: "blocked", Exit.VERIFICATION_FAILED: "verification-failed"}
+
+
+def build(entries: Sequence[Entry], run: Run) -> Json:
+    """The report of ``run``.
+
+    :param entries: its whole journal.
+    """
+    told = [entry for entry in entries if entry.phase != OWN_PHASE]
+    record = RunRecord.of(told)
+    facts = record.facts()
+    asked = record.step("readiness").intent
+    about = asked.data if asked else {}
+    outcome, why = _outcome(record, told)
+    ended = _ended(record, outcome)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run.id,
+        "environment": run.environment,
+        "cluster": run.cluster,
+        **{key: about.get(key) for key in ("group", "role", "version")},
+        "outcome": outcome,
+        "why": why,
+        "started_at": _text(record.started.at if record.started else None),
+        "finished_at": _text(ended),
+        "seconds": (ended - record.started.at).total_seconds() if ended and record.started else None,
+        "phases": phases(told, record),
+        "preflight": {"checks": _latest(record, "readiness").get("checks", [])},
+        "update": _update(facts),
+        "nodes": _nodes(record, facts),
+        "timeline": timeline(told),
+        "failovers": (_latest(record, "grace") or _latest(record, "watch")).get("rotation", {}).get("failovers", []),
+        "grace": _grace(record),
+        "findings": _findings(facts),
+        "remedies": _remedies(facts),
+        "verification": {"claims": _latest(record, "verify").get("claims", [])},
+        "may_have_run_twice": _latest(record, "verify").get("repeated", []),
+        "interruptions": interruptions(told),
+    }
+    masked: Json = _masked(report)
+    return masked
+
+
+def _outcome(record: RunRecord, told: Sequence[Entry]) -> tuple[str, str | None]:
+    """How it ended, and why if it did not end well."""
+    if record.finished and record.finished.data.get("outcome") == "nothing-to-do":
+        return "nothing-to-do", record.finished.data.get("why")
+    if record.step("verify").reached:
+        return "done", None
+    last = told[-1] if told else None
+    if last and last.kind is Kind.CONTRADICTED:
+        return _STOPPED.get(last.data.get("exit", Exit.ERROR), "stopped"), last.data.get("why")
+    return "unfinished", last.data.get("why") if last and last.kind is Kind.PAUSED else None
+
+
+def _ended(record: RunRecord, outcome: str) -> datetime | None:
+    proven = record.step("verify").reached
+    if outcome == "done" and proven:
+        return proven.at
+    return record.finished.at if record.finished and outcome == "nothing-to-do" else None
+
+
+def _latest(record: RunRecord, step: str) -> Mapping[str, Any]:
+    """The step's fact, or what it last saw or intended: the best that is known."""
+    known = record.step(step)
+    if known.reached:
+        return known.reached.data
+    return known.seen or (known.intent.data if known.intent else {})
+
+
+def _update(facts: Mapping[str, Any]) -> Json | None:
+    """The service update with its three dates, and how it came to run."""
+    if "readiness" not in facts:
+        return None
+    ready, trigger, watch = facts["readiness"], facts.get("trigger", {}), facts.get("watch", {})
+    rows = watch.get("nodes", {}).values()
+    dates = dict.fromkeys(
+        ("severity", "kind", "engine", "description", "estimate", "released", "recommended_by", "ends", "automatic")
+    )
+    return {
+        **dates,
+        **(ready["update"] or {}),
+        "name": ready["action"]["update"],
+        "status": watch.get("status") or trigger.get("status") or ready["action"]["status"],
+        "how": trigger.get("how"),
+        "attempts": trigger.get("attempts"),
+        "initiated_by": sorted({row["initiated_by"] for row in rows} - {""}) or trigger.get("initiated_by", []),
+        "sla_met": watch.get("sla_met"),
+    }
+
+
+def _nodes(record: RunRecord, facts: Mapping[str, Any]) -> list[Json]:
+    versions = facts.get("readiness", {}).get("versions", {})
+    rows = _latest(record, "watch").get("nodes", {})
+    names = sorted({*versions, *rows})
+    return [{**rows.get(name, {}), "node": name, "engine_version_before": versions.get(name)} for name in names]
+
+
+def _grace(record: RunRecord) -> Json | None:
+    known, ended = _latest(record, "grace"), record.step("grace").reached
+    if not known:
+        return None
+    return {
+        "seconds": known["grace"],
+        "because": known["because"],
+        "deadline": known["deadline"],
+        "rearmed": known.get("rearmed"),
+        "ended_at": _text(ended.at if ended else None),
+    }
+
+
+def _findings(facts: Mapping[str, Any]) -> Json:
+    found = facts.get("dry-run", {})
+    return {
+        "skipped": found.get("skipped"),
+        "counts": found.get("counts", {}),
+        "items": found.get("findings", []),
+        "young": found.get("young", []),
+    }
+
+
+def _remedies(facts: Mapping[str, Any]) -> Json:
+    """What recovery did before the patch and after it, and what it left."""
+    before, after = facts.get("recover-beforehand", {}), facts.get("recover", {})
+    return {
+        "before": before.get("applied", []),
+        "after": after.get("applied", []),
+        "left": after.get("left", []),
+    }
+
+
+def _text(at: datetime | None) -> str | None:
+    return at.isoformat() if at else None
+
+
+def _masked(value: Any) -> Any:
+    """Reasons and error messages come from everywhere; a password in one of them ends here."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {mask(str(key)): _masked(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(each) for each in value]
+    return value

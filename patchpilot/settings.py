@@ -1,0 +1,274 @@
+"""Settings of the command line: flags over environment over a TOML file.
+
+Unknown keys, bad durations and missing clusters are refused in one line that names the file and the key. Secrets are
+``SecretStr``: printing a settings object never shows them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from patchpilot.errors import Usage
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+LONGEST = timedelta(days=3650)
+
+DEFAULT_FILE = Path("patchpilot.toml")
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration such as ``300ms``, ``0s``, ``5m``, ``1h30m``, ``24h`` or ``7d``.
+
+    :raises ValueError: for anything else, a bare number included: its unit would be a guess.
+    """
+    compact = text.strip()
+    if not compact or _DURATION.sub("", compact):
+        raise ValueError(f"{text!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(compact))
+    if seconds > LONGEST.total_seconds():
+        raise ValueError(f"{text!r} is longer than ten years")
+    return timedelta(seconds=seconds)
+
+
+def _as_duration(value: object) -> object:
+    if isinstance(value, timedelta):
+        return value
+    if isinstance(value, str):
+        return parse_duration(value)
+    raise ValueError(f"{value!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
+
+
+Duration = Annotated[timedelta, BeforeValidator(_as_duration)]
+
+Role = Literal["broker", "cache", "volatile"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Postgres(_Section):
+    """Where the durable record lives."""
+
+    dsn: SecretStr | None = None
+
+
+class Aws(_Section):
+    """How to reach the ElastiCache API. Everything unset is left to boto3's own rules."""
+
+    region: str | None = None
+    profile: str | None = None
+    endpoint_url: str | None = None
+    credentials_file: Path | None = None
+
+
+class Runbook(_Section):
+    """How the pilot waits."""
+
+    grace: Duration = timedelta(minutes=5)
+    """How long after the last failover recovery waits, so that clients reconnect and Celery heals what it can."""
+    poll_interval: Duration = timedelta(seconds=15)
+    settle: Duration = timedelta(minutes=1)
+    """After an interrupted trigger: how long AWS may take to show the update as started before it counts as absent."""
+    stall: Duration = timedelta(hours=2)
+    """How long the whole rotation may take before the run stops and says so."""
+    verify_timeout: Duration = timedelta(minutes=5)
+    time_budget: Duration | None = None
+    """After this long, checkpoint and exit with "resume later". For schedulers that end a job themselves."""
+
+
+class Recovery(_Section):
+    """Which chords and messages recovery looks at."""
+
+    min_age: Duration = timedelta(minutes=5)
+    max_age: Duration = timedelta(hours=24)
+    claim_lease: Duration = timedelta(seconds=30)
+    """How long a recovery may take to join one chord's results and publish its callback before another may."""
+
+
+class Celery(_Section):
+    """What recovery must know of the Celery application; its routing and serialisers are recorded with each chord."""
+
+    accept_content: tuple[str, ...] = ("json",)
+    """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
+
+
+class Cluster(_Section):
+    """One ElastiCache replication group."""
+
+    replication_group: str = Field(min_length=1, max_length=40, pattern=r"^[A-Za-z][A-Za-z0-9-]*$")
+    role: Role
+    endpoint: SecretStr | None = None
+    """URL of the primary endpoint: ``redis://`` or ``rediss://``, with the database number. Needed for a broker."""
+    key_prefix: str = ""
+    """``global_keyprefix`` of the broker transport options, if the application sets one."""
+    region: str | None = None
+
+
+class Settings(BaseSettings):
+    """Everything a command needs to know."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PATCHPILOT_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
+    )
+
+    environment: str = "default"
+    reports: Path = Path("reports")
+    postgres: Postgres = Postgres()
+    aws: Aws = Aws()
+    runbook: Runbook = Runbook()
+    recovery: Recovery = Recovery()
+    celery: Celery = Celery()
+    clusters: dict[str, Cluster] = Field(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The file's values arrive as init arguments, so the environment has to come first.
+        return env_settings, init_settings
+
+    def cluster(self, name: str) -> Cluster:
+        """The cluster called ``name``.
+
+        :raises Usage: if there is none; the message lists those there are.
+        """
+        try:
+            return self.clusters[name]
+        except KeyError:
+            known = ", ".join(sorted(self.clusters)) or "none"
+            raise Usage(f"there is no cluster {name!r} in the configuration (known: {known})") from None
+
+    def postgres_dsn(self) -> str:
+        """The DSN of the durable record.
+
+        :raises Usage: if it is set nowhere.
+        """
+        if self.postgres.dsn is None or not self.postgres.dsn.get_secret_value():
+            raise Usage("no PostgreSQL DSN: set postgres.dsn in the configuration file or PATCHPILOT_POSTGRES")
+        return _readable_dsn(self.postgres.dsn.get_secret_value())
+
+    def endpoint(self, name: str) -> str:
+        """The URL of the primary endpoint of the cluster called ``name``.
+
+        :raises Usage: if it is set nowhere.
+        """
+        secret = self.cluster(name).endpoint
+        if secret is None or not secret.get_secret_value():
+            raise Usage(
+                f"cluster {name!r} has no endpoint: set clusters.{name}.endpoint in the configuration file "
+                f"or PATCHPILOT_CLUSTERS__{name.upper()}__ENDPOINT"
+            )
+        return _readable_endpoint(secret.get_secret_value(), name)
+
+
+def _readable_dsn(dsn: str) -> str:
+    """``dsn``, if libpq can read it. Its own complaint would quote the password."""
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        host = str(conninfo_to_dict(dsn).get("host") or "")
+    except ProgrammingError:
+        host = "@"
+    if "@" in host:
+        raise Usage(
+            "the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES) is malformed: write postgresql://user:password@host/"
+            "database, and percent-encode special characters of the password"
+        )
+    return dsn
+
+
+def _readable_endpoint(url: str, name: str) -> str:
+    """``url``, if it is one of a Valkey database. A complaint must not quote it: it may hold the AUTH token."""
+    try:
+        parts = urlsplit(url)
+        database = parts.path.strip("/")
+        good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+        good = good and (not database or database.isdecimal())
+    except ValueError:
+        good = False
+    if not good:
+        raise Usage(
+            f"clusters.{name}.endpoint is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
+            "and percent-encode special characters of the password"
+        )
+    return url
+
+
+def load(path: Path | None = None) -> Settings:
+    """Read the settings.
+
+    :param path: the TOML file. Without it ``patchpilot.toml`` in the working directory is read if it is there.
+    :raises Usage: for an unreadable or malformed file, an unknown key or a bad value, in one line.
+    """
+    source = path or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+    values = _read(source) if source else {}
+    # PATCHPILOT_POSTGRES is the name that workers use as well; here it means postgres.dsn.
+    dsn = os.environ.get("PATCHPILOT_POSTGRES")
+    try:
+        with _environment_without("PATCHPILOT_POSTGRES"):
+            if dsn:
+                values = {**values, "postgres": {**_table(values, "postgres"), "dsn": dsn}}
+            return Settings(**values)
+    except SettingsError as error:
+        raise Usage(f"environment: {error}") from None
+    except ValidationError as error:
+        raise Usage(f"{source or 'configuration'}: {_first(error)}") from None
+
+
+class _environment_without:  # noqa: N801 - reads as a statement where it is used
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._value = os.environ.pop(self._name, None)
+
+    def __exit__(self, *_: object) -> None:
+        if self._value is not None:
+            os.environ[self._name] = self._value
+
+
+def _table(values: dict[str, Any], key: str) -> dict[str, Any]:
+    table = values.get(key, {})
+    return table if isinstance(table, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Usage(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise Usage(f"{path}: not valid TOML: {error}") from None
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; see config/patchpilot.example.toml for those there are"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}"

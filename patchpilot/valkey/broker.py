@@ -1,0 +1,100 @@
+"""The broker as Valkey holds it: which messages are queued, and which a worker has taken and not yet acknowledged.
+
+Reads only. The layout is kombu's Redis transport's (read in kombu 5.7.0): a queue is a list per priority step, named
+``<queue>`` or ``<queue>\\x06\\x16<priority>``, whose head is the newest message; what a consumer took is in the hash
+``unacked`` under its delivery tag, with the time it was taken in the sorted set ``unacked_index``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.exceptions import RedisError
+
+from patchpilot.errors import Transient
+from patchpilot.telemetry import mask
+
+_SEPARATOR = "\x06\x16"
+_CHUNK = 1000
+MESSAGE_ID = "patchpilot_message"
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What the broker held at one moment, by our message id."""
+
+    queued: frozenset[str]
+    unacked: dict[str, str]
+    """Message id -> delivery tag."""
+
+
+class Broker:
+    """Reads one broker.
+
+    :param url: the primary endpoint, ``redis://`` or ``rediss://``, with the database number.
+    :param prefix: the ``global_keyprefix`` of the application's broker transport options.
+    """
+
+    def __init__(self, url: str, prefix: str = "") -> None:
+        self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
+        self._prefix = prefix
+        self._url = mask(url)
+
+    def holdings(self, queues: Iterable[str], exchanges: Iterable[str] = ()) -> Holdings:
+        """Everything in ``queues``, and in the queues bound to ``exchanges``, and everything unacknowledged.
+
+        A message moves from a queue to the unacknowledged ones, so those are read last. One that is between the two,
+        in a worker's hands, is in neither: look twice before calling a message lost.
+
+        :raises Transient: if the broker cannot be read.
+        """
+        try:
+            names = set(queues).union(*(self._bound(exchange) for exchange in exchanges))
+            queued = frozenset(found for name in sorted(names) for found in self._queued(name))
+            return Holdings(queued, dict(self._unacked()))
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+
+    def check(self) -> None:
+        """Make sure that the broker answers.
+
+        :raises Transient: if it does not.
+        """
+        try:
+            self._client.ping()
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _bound(self, exchange: str) -> set[str]:
+        members: Any = self._client.smembers(f"{self._prefix}_kombu.binding.{exchange}")
+        return {member.decode().rsplit(_SEPARATOR, 1)[-1] for member in members}
+
+    def _queued(self, queue: str) -> Iterator[str]:
+        for name in (queue, *(f"{queue}{_SEPARATOR}{priority}" for priority in range(1, 10))):
+            start = 0
+            # From the newest on: those that arrive meanwhile move the rest down; some are read twice, none is missed.
+            while chunk := self._chunk(name, start):
+                yield from (found for raw in chunk if (found := _message_id(json.loads(raw))))
+                start += len(chunk)
+
+    def _chunk(self, name: str, start: int) -> list[bytes]:
+        chunk: Any = self._client.lrange(f"{self._prefix}{name}", start, start + _CHUNK - 1)
+        return list(chunk)
+
+    def _unacked(self) -> Iterator[tuple[str, str]]:
+        for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
+            message, _exchange, _routing_key = json.loads(raw)
+            if found := _message_id(message):
+                yield found, tag.decode()
+
+
+def _message_id(message: dict[str, Any]) -> str | None:
+    found: str | None = (message.get("headers") or {}).get(MESSAGE_ID)
+    return found

@@ -1,0 +1,79 @@
+"""Fixtures that more than one folder of tests uses. The servers themselves are in :mod:`tests.lab_fixtures`."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kombu import pools
+
+from patchpilot.lab.roster import Roster
+from patchpilot.lab.servers import Postgres
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.migrate import migrate
+from tests.support import shop as shop_module
+from tests.support.processes import Shop
+
+pytest_plugins = ["tests.lab_fixtures"]
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres_server: Postgres) -> str:
+    """The name of a database with our tables and nothing in them."""
+    database = Database(postgres_server.create_database("migrated"))
+    migrate(database)
+    database.close()
+    return "migrated"
+
+
+@pytest.fixture
+def migrated(postgres_server: Postgres, migrated_template: str) -> Iterator[str]:
+    """The DSN of a database of the test's own with our tables in it."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    yield postgres_server.create_database(name, template=migrated_template)
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def shop(
+    lab_roster: Roster, tmp_path: Path, valkey: str, migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shop]:
+    """The test application on an empty broker and an empty database, with this process as its producer."""
+    with shop_on(lab_roster, tmp_path, valkey, migrated, monkeypatch) as opened:
+        yield opened
+
+
+class shop_on:  # noqa: N801 - reads as a statement where it is used
+    """Point the test application at ``broker`` and ``dsn`` for as long as the block lasts."""
+
+    def __init__(self, roster: Roster, directory: Path, broker: str, dsn: str, patch: pytest.MonkeyPatch) -> None:
+        self._shop = Shop(roster, directory, broker, dsn)
+        self._patch = patch
+
+    def __enter__(self) -> Shop:
+        self._patch.setenv("SHOP_LEDGER", str(self._shop.ledger_file))
+        app = shop_module.app
+        app.conf.update(
+            broker_url=self._shop.broker, broker_write_url=self._shop.broker, broker_read_url=self._shop.broker,
+            result_backend=f"patchpilot+{self._shop.broker}", patchpilot_postgres=self._shop.dsn,
+        )  # fmt: skip
+        return self._shop
+
+    def __exit__(self, *_: object) -> None:
+        self._shop.close()
+        forget_connections(shop_module.app)
+
+
+def forget_connections(app: object) -> None:
+    """Make the application open new connections, to wherever its configuration points next."""
+    backend = app._local.__dict__.pop("backend", None)  # type: ignore[attr-defined]
+    if backend is not None:
+        backend.result_consumer.stop()
+        backend.client.connection_pool.disconnect()
+        backend.database.close()
+    pools.reset()
+    app._pool = None  # type: ignore[attr-defined]
+    app.amqp._producer_pool = None  # type: ignore[attr-defined]
+    app.amqp.__dict__.pop("send_task_message", None)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""What happens when the pilot dies, at every boundary there is."""

@@ -1,0 +1,308 @@
+"""A small, faithful world for the runbook, in memory: a cloud that rotates nodes as time passes, nodes, recovery.
+
+It follows what AWS documents: replicas first, then a failover, then the old primary; statuses node by node; each
+failover event twice, once for the group and once for the node; answers that may be stale; no idempotency of the
+request to apply.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from patchpilot.clock import FakeClock
+from patchpilot.elasticache.facts import (
+    Application,
+    Event,
+    Group,
+    Member,
+    Node,
+    NodeUpdate,
+    ServiceUpdate,
+    Unprocessed,
+    UpdateAction,
+    UpdateStatus,
+)
+from patchpilot.engine.journal import Journal
+from patchpilot.phases import Desk
+from patchpilot.postgres.journal import Run
+from patchpilot.recovery.findings import Applied, Finding, Remedy, Window
+from patchpilot.report import Files
+from patchpilot.settings import Role, Runbook
+from patchpilot.valkey.nodes import Replica, Report
+
+GROUP = "shop-broker"
+NAMES = ("shop-broker-001", "shop-broker-002", "shop-broker-003")
+UPDATE = "elasticache-20260101-001"
+PER_NODE = timedelta(minutes=10)
+
+# The grace is longer than the old primary takes, so that some of it is left when the rotation is over.
+RUNBOOK = Runbook(
+    grace=timedelta(minutes=20),
+    poll_interval=timedelta(seconds=15),
+    settle=timedelta(minutes=1),
+    stall=timedelta(hours=2),
+    verify_timeout=timedelta(minutes=5),
+)
+
+
+@dataclass
+class State:
+    """What AWS knows of the group at one moment."""
+
+    status: str = "available"
+    primary: str = NAMES[0]
+    update: str = UpdateStatus.NOT_APPLIED
+    nodes: dict[str, NodeUpdate] = field(
+        default_factory=lambda: {name: NodeUpdate(name, UpdateStatus.NOT_APPLIED) for name in NAMES}
+    )
+    events: tuple[Event, ...] = ()
+
+    def copy(self) -> State:
+        return replace(self, nodes=dict(self.nodes))
+
+
+class World:
+    """The cloud, the nodes and what is stuck, on one fake clock.
+
+    :param stale: seconds for which the cloud's answers lag behind what is so.
+    :param per_node: how long one node takes.
+    """
+
+    def __init__(self, clock: FakeClock, *, stale: float = 0, per_node: timedelta = PER_NODE) -> None:
+        self.clock = clock
+        self.stale = stale
+        self.per_node = per_node
+        self.dice: random.Random | None = None
+        """If set, each answer is as old as it falls: an answer may then be older than the one before."""
+        self.now = State()
+        self.applied: list[datetime] = []
+        """When BatchApplyUpdateAction reached the cloud."""
+        self.initiator = "customer"
+        self.tells_of_failovers = True
+        self.fails_over = True
+        self.surprises: dict[str, list[BaseException | Callable[[], object]]] = {}
+        """What happens in the next call of that name: ``apply`` before and ``applied`` after it took effect."""
+        self.unprocessed: Unprocessed | None = None
+        self.updates = [service_update(clock)]
+        self.group_changes: dict[str, object] = {}
+        self.stuck: dict[str, Finding] = {}
+        self.stuck_since: dict[str, datetime] = {}
+        self.remedies: list[tuple[str | None, Applied]] = []
+        self.repeated: list[tuple[datetime, dict[str, object]]] = []
+        """Callbacks that were started again, and when."""
+        self._history: list[tuple[datetime, State]] = [(clock.now(), self.now.copy())]
+
+    # The cloud: patchpilot.phases.desk.Cloud.
+
+    def service_updates(self) -> tuple[ServiceUpdate, ...]:
+        self._trip("service_updates")
+        return tuple(self.updates)
+
+    def update_actions(self, group: str) -> tuple[UpdateAction, ...]:
+        self._trip("update_actions")
+        shown = self._shown()
+        done = sum(node.status == UpdateStatus.COMPLETE for node in shown.nodes.values())
+        return (
+            UpdateAction(
+                group=group,
+                update=UPDATE,
+                status=shown.update,
+                update_status="available",
+                nodes=tuple(shown.nodes.values()),
+                nodes_updated=f"{done}/{len(shown.nodes)}",
+                sla_met="yes" if shown.update == UpdateStatus.COMPLETE else "no",
+            ),
+        )
+
+    def group(self, group: str) -> Group:
+        self._trip("group")
+        shown = self._shown()
+        members = tuple(
+            Member(name, "primary" if name == shown.primary else "replica", f"{name}.test", 6379, f"zone-{number}")
+            for number, name in enumerate(NAMES)
+        )
+        about = Group(
+            group, shown.status, members, (shown.status,), "enabled", "enabled", cluster_enabled=False, engine="valkey"
+        )
+        return replace(about, **self.group_changes)  # type: ignore[arg-type]
+
+    def nodes(self, group: Group) -> tuple[Node, ...]:
+        return tuple(Node(member.node, "available", "8.0.1") for member in group.members)
+
+    def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]:
+        self._trip("events")
+        return tuple(e for e in self._shown().events if since <= e.at <= until and e.source in sources)
+
+    def apply(self, update: str, group: str) -> Application:
+        assert (update, group) == (UPDATE, GROUP)
+        self._trip("apply")
+        self.applied.append(self.clock.now())
+        if self.unprocessed:
+            return Application(None, self.unprocessed)
+        assert self.now.update in {UpdateStatus.NOT_APPLIED, UpdateStatus.STOPPED, UpdateStatus.SCHEDULED}
+        self.start()
+        self._trip("applied")
+        return Application(UpdateStatus.WAITING_TO_START)
+
+    # The nodes: patchpilot.phases.desk.Nodes.
+
+    def endpoint(self) -> Report:
+        self._trip("endpoint")
+        offset = 1000 + len(self.remedies)
+        replicas = tuple(Replica(f"{name}:6379", "online", offset, 0) for name in NAMES if name != self.now.primary)
+        return Report("primary", offset, replicas=replicas)
+
+    def member(self, host: str, port: int) -> Report:
+        self._trip(host)
+        if host == f"{self.now.primary}.test":
+            return self.endpoint()
+        return Report("replica", 1000, link_up=True, silence=0)
+
+    # Recovery: patchpilot.phases.desk.Recovery.
+
+    def survey(self, window: Window) -> tuple[Finding, ...]:
+        self._trip("survey")
+        ages = {name: self.clock.now() - self.stuck_since[name] for name in self.stuck}
+        found = (replace(finding, age=ages[name]) for name, finding in self.stuck.items())
+        return tuple(finding for finding in found if window.min_age <= finding.age <= window.max_age)
+
+    def recover(self, window: Window, *, run_id: str | None = None) -> tuple[Applied, ...]:
+        cured: list[Applied] = []
+        for finding in self.survey(window):
+            if not finding.curable:
+                continue
+            self._trip("recover")
+            del self.stuck[finding.id]
+            remedy = Applied(
+                self.clock.now(), finding.kind, finding.id, finding.diagnosis, str(finding.remedy), finding.reason
+            )
+            self.remedies.append((run_id, remedy))
+            cured.append(remedy)
+        return tuple(cured)
+
+    def applied_for(self, run_id: str) -> tuple[Applied, ...]:
+        return tuple(remedy for run, remedy in self.remedies if run == run_id)
+
+    def repeated_starts(self, age: timedelta) -> list[dict[str, object]]:
+        return [row for at, row in self.repeated if at >= self.clock.now() - age]
+
+    # What happens by itself.
+
+    def start(self) -> None:
+        """Begin the rotation: as AWS does when asked, or by itself."""
+        self.change(update=UpdateStatus.WAITING_TO_START, status="modifying")
+        moment = timedelta(seconds=30)
+        self.after(moment, lambda: self.change(update=UpdateStatus.IN_PROGRESS))
+        for name in NAMES[1:]:
+            moment = self._patch(name, moment)
+        if self.fails_over:
+            self.after(moment, lambda: self.fail_over(NAMES[1]))
+        moment = self._patch(NAMES[0], moment + timedelta(seconds=1))
+        self.after(moment, lambda: self.change(update=UpdateStatus.COMPLETE, status="available"))
+
+    def fail_over(self, new: str) -> None:
+        """Promote a replica, and get two chords stuck by it: one that can be cured and one that cannot."""
+        old = self.now.primary
+        self.change(primary=new)
+        if self.tells_of_failovers:
+            for source in (GROUP, new):
+                self.happen(source, f"Failover from primary node {old} to replica node {new} completed")
+        number = len(self.stuck) + len(self.remedies)
+        self.stick(stuck(f"chord-{number}"), stuck(f"odd-{number}", Remedy.NONE), age=timedelta())
+
+    def stick(self, *findings: Finding, age: timedelta = timedelta(hours=1)) -> None:
+        self.stuck |= {finding.id: finding for finding in findings}
+        self.stuck_since |= {finding.id: self.clock.now() - age for finding in findings}
+
+    def happen(self, source: str, message: str) -> None:
+        self.change(events=(*self.now.events, Event(self.clock.now(), source, message)))
+
+    def change(self, **what: object) -> None:
+        for name, value in what.items():
+            assert hasattr(self.now, name)
+            setattr(self.now, name, value)
+        self._history.append((self.clock.now(), self.now.copy()))
+
+    def after(self, time: timedelta, change: Callable[[], None]) -> None:
+        self.clock.after(time.total_seconds(), change)
+
+    def _patch(self, name: str, begins: timedelta) -> timedelta:
+        def begin() -> None:
+            row = NodeUpdate(
+                name, UpdateStatus.IN_PROGRESS, started=self.clock.now(), initiated_by=self.initiator,
+                initiated=self.applied[0] if self.applied else self.clock.now(),
+            )  # fmt: skip
+            self.change(nodes={**self.now.nodes, name: row})
+            self.happen(name, "Recovering cache nodes 0001")
+
+        def end() -> None:
+            row = replace(self.now.nodes[name], status=UpdateStatus.COMPLETE, ended=self.clock.now())
+            self.change(nodes={**self.now.nodes, name: row})
+            self.happen(name, "Finished recovery for cache nodes 0001")
+
+        self.after(begins, begin)
+        self.after(begins + self.per_node, end)
+        return begins + self.per_node
+
+    def _shown(self) -> State:
+        """What the cloud shows now: the newest state that is old enough."""
+        age = self.dice.uniform(0, self.stale) if self.dice else self.stale
+        visible = self.clock.now() - timedelta(seconds=age)
+        return next((state for at, state in reversed(self._history) if at <= visible), self._history[0][1])
+
+    def _trip(self, name: str) -> None:
+        if not self.surprises.get(name):
+            return
+        surprise = self.surprises[name].pop(0)
+        if isinstance(surprise, BaseException):
+            raise surprise
+        surprise()
+
+
+class Recovery:
+    """The world's recovery under the names of :class:`patchpilot.phases.desk.Recovery`."""
+
+    def __init__(self, world: World) -> None:
+        self.survey, self.recover, self.applied = world.survey, world.recover, world.applied_for
+        self.repeated_starts = world.repeated_starts
+
+
+def desk(
+    world: World, journal: Journal, directory: Path, *, role: Role = "broker", runbook: Runbook = RUNBOOK,
+    window: Window | None = None, update: str | None = None, schema: str | None = None,
+) -> Desk:  # fmt: skip
+    """The pilot's desk in this world."""
+    broker = role == "broker"
+    run = Run(journal.run_id, "test", "broker", datetime.min.replace(tzinfo=UTC))
+    return Desk(
+        cluster="broker",
+        group=GROUP,
+        role=role,
+        cloud=world,
+        nodes=world if broker else None,
+        recovery=Recovery(world) if broker else None,
+        reports=Files(journal, run, directory),
+        schema=lambda: schema,
+        runbook=runbook,
+        window=window or Window(),
+        update=update,
+    )
+
+
+def service_update(clock: FakeClock) -> ServiceUpdate:
+    now = clock.now()
+    return ServiceUpdate(
+        UPDATE, "available", "important", "security-update", "valkey", "A security update", "10 minutes per node",
+        released=now - timedelta(days=3), recommended_by=now + timedelta(days=27), ends=now + timedelta(days=90),
+        automatic=False,
+    )  # fmt: skip
+
+
+def stuck(name: str, remedy: Remedy = Remedy.DISPATCH_CALLBACK) -> Finding:
+    return Finding(
+        "chord", name, "callback-lost", remedy, "every part has returned and the callback is nowhere", "shop.total"
+    )

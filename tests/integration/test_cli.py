@@ -1,0 +1,174 @@
+"""The command line: one clear line and an exit code for each way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from celery import chord
+
+from patchpilot.errors import Exit
+from patchpilot.lab.processes import until
+from tests.support.commands import environment, patchpilot
+from tests.support.processes import Shop
+from tests.support.shop import add, total
+
+
+def config(directory: Path, dsn: str, endpoint: str, extra: str = "") -> Path:
+    path = directory / "patchpilot.toml"
+    path.write_text(
+        f'[postgres]\ndsn = "{dsn}"\n[clusters.broker]\nrole = "broker"\nreplication_group = "b"\n'
+        f'endpoint = "{endpoint}"\n[clusters.pages]\nrole = "cache"\nreplication_group = "p"\n{extra}'
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["status"], ["recover"], ["report"], ["db", "migrate"], ["lab", "up"]]
+)
+def test_help_is_worth_reading(command: list[str]) -> None:
+    done = patchpilot(*command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout) > 200
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run"], Exit.USAGE, "--cluster"),
+        (["fly"], Exit.USAGE, "fly"),
+        (["run", "--cluster", "brokr"], Exit.USAGE, "no cluster 'brokr'"),
+        (["run", "--cluster", "broker", "--grace", "5"], Exit.USAGE, "--grace: '5' is not a duration"),
+        (["recover", "--min-age", "soon"], Exit.USAGE, "--min-age: 'soon' is not a duration"),
+        (["recover", "--min-age", "2h", "--max-age", "1h"], Exit.USAGE, "window is empty"),
+        (["recover", "--cluster", "pages"], Exit.USAGE, "not a broker"),
+        (["status", "no-such-run"], Exit.USAGE, "no-such-run"),
+        (["report", "no-such-run"], Exit.USAGE, "no-such-run"),
+        (["run", "--cluster", "broker", "--config", "nowhere.toml"], Exit.USAGE, "no such configuration file"),
+    ],
+)
+def test_a_wrong_word(tmp_path: Path, migrated: str, valkey: str, arguments: list[str], code: int, words: str) -> None:
+    config(tmp_path, migrated, valkey)
+    done = patchpilot(*arguments, cwd=tmp_path, PYTHONPATH=str(Path.cwd()))
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_unreachable_database_an_unreachable_broker_and_missing_tables(
+    tmp_path: Path, dsn: str, migrated: str, valkey: str
+) -> None:
+    secret = "postgresql://u:hunter2@127.0.0.1:1/x"
+    path = config(tmp_path, secret, valkey)
+    done = patchpilot("recover", "--config", path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (Exit.RESUME_LATER, 1), done.stderr
+    assert "PostgreSQL cannot be reached" in done.stderr
+    assert "hunter2" not in done.stderr
+
+    path = config(tmp_path, dsn, valkey)
+    done = patchpilot("recover", "--config", path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (Exit.ERROR, 1), done.stderr
+    assert "patchpilot db migrate" in done.stderr
+
+    assert "0001" in patchpilot("db", "migrate", "--config", path).stderr
+    assert "up to date" in patchpilot("db", "migrate", "--config", path).stderr
+
+
+def test_a_broker_that_is_away_repairs_nothing(shop: Shop) -> None:
+    add.s(1, 1).apply_async()
+    path = config(shop.directory, shop.dsn, "redis://:hunter2@127.0.0.1:1/0")
+    done = patchpilot("recover", "--min-age", "0s", "--config", path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (Exit.RESUME_LATER, 1), done.stderr
+    assert "cannot be read" in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_recover_says_what_it_would_do_and_does_it_once(shop: Shop) -> None:
+    import redis
+
+    result = chord([add.s(1, 1)], total.s()).apply_async()
+    with redis.Redis.from_url(shop.broker) as broker:
+        broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
+    shop.worker()
+    result.parent.get(timeout=10)
+    path = config(shop.directory, shop.dsn, shop.broker)
+    recover = ["recover", "--min-age", "0s", "--config", path]
+    nothing = patchpilot("recover", "--config", path, "--output", "json")
+    assert json.loads(nothing.stdout) == {"findings": [], "applied": []}  # too young for the usual window
+    planned = json.loads(patchpilot(*recover, "--dry-run", "--output", "json").stdout)
+    [finding] = planned["findings"]
+    assert {key: finding[key] for key in ("kind", "id", "diagnosis", "remedy", "callback", "returned", "total")} == {
+        "kind": "chord", "id": result.parent.id, "diagnosis": "part-return-lost", "remedy": "dispatch-callback",
+        "callback": total.name, "returned": 1, "total": 1,
+    }  # fmt: skip
+    assert finding["reason"]
+    assert finding["age_seconds"] >= 0
+    text = patchpilot(*recover, "--dry-run")
+    assert result.parent.id in text.stdout
+    # Two at once, as real processes; both succeed, one of them does it.
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "patchpilot", *map(str, recover), "--output", "json"],
+            env=environment(), stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    answers = [json.loads(command.communicate(timeout=60)[0]) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0]
+    assert sum(len(answer["applied"]) for answer in answers) == 1
+    assert result.get(timeout=10) == 2
+    shop.stop()
+    assert shop.ledger().count("total 2") == 1
+
+
+def test_recover_killed_at_any_moment_strands_nothing(shop: Shop) -> None:
+    """Killed at growing delays until one gets through; the claim it may have left behind is a lease."""
+    import redis
+
+    results = [chord([add.s(i, 1)], total.s(label=f"sum{i}")).apply_async() for i in range(12)]
+    with redis.Redis.from_url(shop.broker) as broker:
+        for result in results:
+            broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
+    shop.worker()
+    for result in results:
+        result.parent.get(timeout=10)
+    path = config(shop.directory, shop.dsn, shop.broker, '[recovery]\nclaim_lease = "3s"\n')
+    command = [
+        sys.executable,
+        "-m",
+        "patchpilot",
+        "recover",
+        "--min-age",
+        "0s",
+        "--config",
+        str(path),
+        "--output",
+        "json",
+    ]
+
+    def begun() -> bool:
+        """Whether some callback was claimed or sent, by the ledger and by PostgreSQL."""
+        from patchpilot.postgres.connection import Database
+
+        with Database(shop.dsn) as database:
+            return bool(database.fetch("SELECT 1 FROM patchpilot.chord WHERE state <> 'open'"))
+
+    killed = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    until(begun, seconds=30, what="recovery had claimed a chord")
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+
+    def all_done() -> bool:
+        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=60)
+        return all(f"sum{i} {i + 1}" in shop.ledger() for i in range(12))
+
+    until(all_done, seconds=60, what="every callback had run")
+    shop.stop()
+    assert [shop.ledger().count(f"sum{i} {i + 1}") for i in range(12)] == [1] * 12

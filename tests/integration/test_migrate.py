@@ -1,0 +1,76 @@
+"""The schema: forward only, checksummed, safe to run twice and at once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from patchpilot.errors import Corrupt, NeedsOperator, Transient
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.migrate import migrate, migrations
+
+
+def test_twice_is_once(dsn: str) -> None:
+    with Database(dsn) as database:
+        assert migrate(database) == migrations()
+        assert migrate(database) == ()
+
+
+def test_at_once(dsn: str) -> None:
+    databases = [Database(dsn) for _ in range(6)]
+    start = threading.Barrier(len(databases))
+    applied: list[int] = []
+
+    def go(database: Database) -> None:
+        start.wait()
+        applied.append(len(migrate(database)))
+
+    threads = [threading.Thread(target=go, args=(database,)) for database in databases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(applied) == [0] * 5 + [len(migrations())]
+    for database in databases:
+        database.close()
+
+
+def test_what_was_applied_must_not_change(dsn: str) -> None:
+    with Database(dsn) as database:
+        migrate(database)
+        database.execute("UPDATE patchpilot.migration SET checksum = 'other' WHERE number = 1")
+        with pytest.raises(Corrupt, match="0001"):
+            migrate(database)
+
+
+def test_a_newer_schema_is_refused(dsn: str) -> None:
+    with Database(dsn) as database:
+        migrate(database)
+        database.execute("INSERT INTO patchpilot.migration (number, name, checksum) VALUES (9999, 'future', 'x')")
+        with pytest.raises(Corrupt, match="upgrade patchpilot"):
+            migrate(database)
+
+
+def test_missing_tables_say_what_to_do(dsn: str) -> None:
+    with Database(dsn) as database, pytest.raises(NeedsOperator, match="patchpilot db migrate"):
+        database.fetch("SELECT * FROM patchpilot.chord")
+
+
+def test_an_unreachable_server_and_a_wrong_database(dsn: str) -> None:
+    with Database("postgresql://nobody:hunter2@127.0.0.1:1/x", budget=0.2) as database:
+        with pytest.raises(Transient, match="cannot be reached") as caught:
+            database.fetch("SELECT 1")
+        assert "hunter2" not in str(caught.value)
+    with (
+        Database(dsn + "_which_is_not_there", budget=5) as database,
+        pytest.raises(NeedsOperator, match="does not exist"),
+    ):
+        database.fetch("SELECT 1")
+
+
+def test_a_connection_that_was_cut_is_opened_again(dsn: str) -> None:
+    with Database(dsn) as database, Database(dsn) as other:
+        pid = database.fetch("SELECT pg_backend_pid() AS pid")[0]["pid"]
+        other.execute("SELECT pg_terminate_backend(%s)", [pid])
+        assert database.fetch("SELECT 1 AS one") == [{"one": 1}]

@@ -1,0 +1,183 @@
+"""When the update is started, when it is waited for, and when a person has to look."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from patchpilot.elasticache.facts import NodeUpdate, UpdateAction
+from patchpilot.engine.plan import Attempt, Contradicted, NotYet, Observation, Reached, View
+from patchpilot.errors import NeedsOperator, NothingToDo, PatchpilotError, Unsafe
+from patchpilot.phases.p2_trigger import ACKNOWLEDGED, look
+from patchpilot.settings import Runbook
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+RULES = Runbook(settle=timedelta(minutes=1), stall=timedelta(hours=2))
+BASELINE = {"update": "u", "primary": "a", "members": ["a", "b"]}
+
+
+def minutes(number: float) -> datetime:
+    return NOON + timedelta(minutes=number)
+
+
+def view(now: float, *attempts: Attempt, since: float = 0, contradicted: float | None = None) -> View:
+    return View(
+        "run", minutes(now), {}, since=minutes(since), intent=BASELINE, intended_at=NOON, attempts=attempts,
+        contradicted_at=None if contradicted is None else minutes(contradicted),
+    )  # fmt: skip
+
+
+def action(status: str, *nodes: NodeUpdate) -> UpdateAction:
+    return UpdateAction("g", "u", status, nodes=nodes)
+
+
+def seen(status: str, at: View) -> Observation:
+    return look(at, action(status), RULES)
+
+
+def error_of(observation: Observation) -> PatchpilotError:
+    assert isinstance(observation, Contradicted)
+    return observation.error
+
+
+INTERRUPTED = Attempt(NOON)
+ACCEPTED = Attempt(NOON, {"status": "waiting-to-start"})
+REFUSED = Attempt(NOON, {"refused": "InvalidState: no, because of reasons"})
+APPLICABLE = pytest.mark.parametrize("status", ["not-applied", "stopped", "scheduled"])
+
+
+@APPLICABLE
+def test_it_is_started_if_nobody_has_tried(status: str) -> None:
+    assert seen(status, view(0)) == NotYet(f"u is {status}", act=True)
+
+
+@pytest.mark.parametrize("status", ["waiting-to-start", "in-progress", "stopping", "complete"])
+@pytest.mark.parametrize(
+    ("attempts", "how"),
+    [((), "adopted"), ((INTERRUPTED,), "applied"), ((ACCEPTED,), "applied"), ((REFUSED,), "adopted")],
+)
+def test_it_runs_whoever_started_it(status: str, attempts: tuple[Attempt, ...], how: str) -> None:
+    fact = seen(status, view(1, *attempts))
+    assert isinstance(fact, Reached)
+    assert (fact.fact["how"], fact.fact["status"], fact.fact["primary"]) == (how, status, "a")
+
+
+def test_an_adopted_update_began_when_its_first_node_did_and_says_who_started_it() -> None:
+    nodes = (
+        NodeUpdate("a", "not-applied"),
+        NodeUpdate("b", "complete", started=minutes(-20), initiated_by="system", initiated=minutes(-25)),
+    )
+    adopted = look(view(0), action("in-progress", *nodes), RULES)
+    assert isinstance(adopted, Reached)
+    assert adopted.fact["since"] == minutes(-25).isoformat()
+    assert adopted.fact["initiated_by"] == ["system"]
+    ours = look(view(3, INTERRUPTED), action("in-progress", *nodes), RULES)
+    assert isinstance(ours, Reached)
+    assert ours.fact["since"] == NOON.isoformat()
+
+
+@APPLICABLE
+def test_after_an_interrupted_request_aws_gets_time_to_show_it(status: str) -> None:
+    for now in (0, 0.5, 0.999):
+        waiting = seen(status, view(now, INTERRUPTED))
+        assert isinstance(waiting, NotYet)
+        assert (waiting.act, waiting.until) == (False, minutes(1))
+    retry = seen(status, view(1, INTERRUPTED))
+    assert isinstance(retry, NotYet)
+    assert retry.act
+
+
+def test_each_interrupted_request_gets_its_own_time() -> None:
+    again = seen("not-applied", view(1.5, INTERRUPTED, Attempt(minutes(1))))
+    assert isinstance(again, NotYet)
+    assert (again.act, again.until) == (False, minutes(2))
+
+
+def test_requests_that_never_arrive_are_not_made_for_ever() -> None:
+    late = Attempt(minutes(118))
+    assert acts(seen("not-applied", view(119.5, INTERRUPTED, late)))
+    error = error_of(seen("not-applied", view(120, INTERRUPTED, late)))
+    assert isinstance(error, Unsafe)
+    assert acts(seen("not-applied", view(121, INTERRUPTED, late, contradicted=120)))
+
+
+@APPLICABLE
+def test_a_request_that_aws_accepted_is_never_made_again(status: str) -> None:
+    for now in (0.1, 1, ACKNOWLEDGED - 0.1):
+        waiting = seen(status, view(now, ACCEPTED))
+        assert isinstance(waiting, NotYet)
+        assert not waiting.act
+    for since in (0, ACKNOWLEDGED + 1):  # nor by a run that was taken up again
+        error = error_of(seen(status, view(ACKNOWLEDGED + 1, ACCEPTED, since=since)))
+        assert isinstance(error, Unsafe)
+        assert "AWS accepted u at 2026-03-01 12:00:00 UTC" in str(error)
+
+
+def test_a_refusal_is_passed_on_verbatim_after_a_second_look() -> None:
+    waiting = seen("not-applied", view(0.5, REFUSED))
+    assert isinstance(waiting, NotYet)
+    assert (waiting.act, waiting.until) == (False, minutes(1))
+    error = error_of(seen("not-applied", view(1, REFUSED)))
+    assert isinstance(error, NeedsOperator)
+    assert "InvalidState: no, because of reasons" in str(error)
+
+
+def test_a_refusal_is_forgotten_once_somebody_has_started_the_run_again() -> None:
+    retry = seen("not-applied", view(9, REFUSED, since=8))
+    assert isinstance(retry, NotYet)
+    assert retry.act
+
+
+def test_absent_is_unknown_and_not_for_ever() -> None:
+    assert isinstance(look(view(119), None, RULES), NotYet)
+    assert isinstance(error_of(look(view(120), None, RULES)), Unsafe)
+    # Whoever starts the run again after that gets as long again.
+    assert isinstance(look(view(121, contradicted=120), None, RULES), NotYet)
+    assert isinstance(error_of(look(view(240, contradicted=120), None, RULES)), Unsafe)
+
+
+def test_aws_scheduling_it_is_waited_for() -> None:
+    waiting = seen("scheduling", view(1))
+    assert isinstance(waiting, NotYet)
+    assert not waiting.act
+
+
+def test_a_superseded_update_is_nothing_to_do_unless_it_may_have_begun() -> None:
+    assert isinstance(error_of(seen("not-applicable", view(1))), NothingToDo)
+    assert isinstance(error_of(seen("not-applicable", view(1, REFUSED))), NothingToDo)
+    assert isinstance(error_of(seen("not-applicable", view(1, INTERRUPTED))), Unsafe)
+
+
+@pytest.mark.parametrize("attempts", [(), (INTERRUPTED,)])
+def test_a_status_nobody_knows_stops_the_run(attempts: tuple[Attempt, ...]) -> None:
+    error = error_of(seen("half-applied", view(5, *attempts)))
+    assert isinstance(error, Unsafe)
+    assert "'half-applied'" in str(error)
+
+
+def test_no_situation_asks_to_act_while_the_update_may_be_running() -> None:
+    """The one promise of this phase, over every status and every history of up to two attempts."""
+    statuses = ["waiting-to-start", "in-progress", "stopping", "complete", "scheduling", "not-applicable", "odd"]
+    histories: list[tuple[Attempt, ...]] = [
+        (first, replace(second, at=minutes(1)))
+        for first in (INTERRUPTED, ACCEPTED, REFUSED)
+        for second in (INTERRUPTED, ACCEPTED, REFUSED)
+    ]
+    histories += [(), (INTERRUPTED,), (ACCEPTED,), (REFUSED,)]
+    for attempts in histories:
+        for now in (1, 1.5, 2, 5, 500):
+            for status in statuses:
+                assert not acts(seen(status, view(now, *attempts)))
+            assert not acts(look(view(now, *attempts), None, RULES))
+            last = attempts[-1] if attempts else None
+            if last and not last.refused:
+                too_early = last.interrupted and minutes(now) < last.at + RULES.settle
+                if too_early or not last.interrupted:
+                    assert not acts(seen("not-applied", view(now, *attempts)))
+
+
+def acts(observation: Any) -> bool:
+    return isinstance(observation, NotYet) and observation.act

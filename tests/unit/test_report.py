@@ -1,0 +1,239 @@
+"""The report, made from journals written by hand and from a whole run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from patchpilot.clock import FakeClock
+from patchpilot.engine.journal import Entry, Kind, MemoryJournal
+from patchpilot.engine.runner import Runner
+from patchpilot.errors import Exit, NeedsOperator, PatchpilotError
+from patchpilot.phases import RUNBOOK, runbook
+from patchpilot.postgres.journal import Run
+from patchpilot.report import Files, build, markdown, write
+from patchpilot.report.build import OWN_PHASE
+from patchpilot.report.story import PHASES
+from tests.crash.world import World, desk, stuck
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+RUN = Run("20260301-120000-abc123", "prod", "broker", NOON)
+SCHEMA = json.loads((files("patchpilot.report") / "report.schema.json").read_text())
+
+
+def journal(*lines: tuple[Kind, str, dict[str, Any]]) -> list[Entry]:
+    """Entries a minute apart; a step's phase has its name."""
+    return [
+        Entry(number, NOON + timedelta(minutes=number), kind, step, step, data)
+        for number, (kind, step, data) in enumerate(lines, 1)
+    ]
+
+
+def say(kind: Kind, step: str = "", **data: Any) -> tuple[Kind, str, dict[str, Any]]:
+    return kind, step, data
+
+
+def made(entries: Sequence[Entry]) -> dict[str, Any]:
+    """The report, which has to satisfy its schema however little is known."""
+    report = build(entries, RUN)
+    jsonschema.validate(json.loads(json.dumps(report)), SCHEMA)
+    assert markdown(report).startswith("# Patch of broker")
+    return report
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryJournal, Path]:
+    """A whole run in the little world, its journal, and where its report is."""
+    clock = FakeClock()
+    world, kept, directory = World(clock), MemoryJournal(clock, "run-1"), tmp_path_factory.mktemp("reports")
+    world.stick(stuck("old-chord"))
+    world.repeated.append(
+        (clock.now() + timedelta(hours=1), {"task_id": "t-1", "group_id": "g-1", "callback_name": "f", "starts": 2})
+    )
+    Runner(runbook(desk(world, kept, directory)), kept, clock).run()
+    return world, kept, directory
+
+
+def test_a_whole_run_satisfies_the_schema(whole: tuple[World, MemoryJournal, Path]) -> None:
+    report = made(whole[1].entries())
+    assert report["outcome"] == "done"
+    assert report["may_have_run_twice"][0]["task_id"] == "t-1"
+
+
+def test_the_schema_forbids_what_it_does_not_know() -> None:
+    report = build([], RUN)
+    with pytest.raises(jsonschema.ValidationError, match="surprise"):
+        jsonschema.validate({**report, "surprise": 1}, SCHEMA)
+
+
+def test_the_report_is_the_same_before_and_after_its_own_phase_and_years_later(
+    whole: tuple[World, MemoryJournal, Path],
+) -> None:
+    _, kept, directory = whole
+    entries = kept.entries()
+    before = [entry for entry in entries if entry.seq < next(e.seq for e in entries if e.phase == OWN_PHASE)]
+    run = Run("run-1", "test", "broker", NOON)
+    assert build(entries, run) == build(before, run) == build(entries, run)
+    on_disk = json.loads((directory / "run-1" / "report.json").read_text())
+    assert on_disk == json.loads(json.dumps(build(entries, run)))
+
+
+def test_stopping_and_dying_while_the_report_is_written_is_no_part_of_it() -> None:
+    lines = [say(Kind.STARTED), say(Kind.INTENDED, "verify"), say(Kind.REACHED, "verify", claims=[])]
+    own = [
+        say(Kind.INTENDED, OWN_PHASE), say(Kind.ACTING, OWN_PHASE), say(Kind.RESUMED, OWN_PHASE),
+        say(Kind.CONTRADICTED, OWN_PHASE, why="disk full", exit=1), say(Kind.RESUMED, OWN_PHASE),
+    ]  # fmt: skip
+    assert made(journal(*lines, *own)) == made(journal(*lines))
+
+
+def test_the_page_tells_a_person_what_counts(whole: tuple[World, MemoryJournal, Path]) -> None:
+    page = (whole[2] / "run-1" / "report.md").read_text()
+    for line in (
+        "**Done and proven.**",
+        "| Recommended by (compliance) | 2026-01-28 00:00:00 UTC |",
+        "| Cannot be applied after | 2026-04-01 00:00:00 UTC |",
+        "| Applied by AWS itself after the recommended date | no: AWS does nothing by itself |",
+        "| How it came to run | applied by this run; initiated by customer, says AWS |",
+        "20 min 0 s from the failover to shop-broker-002",
+        "| Stuck after the patch | 2 |",
+        "| nothing-stuck | holds |",
+        "May have run twice in part",
+    ):
+        assert line in page
+
+
+def test_the_report_knows_the_runbooks_phases_and_steps(whole: tuple[World, MemoryJournal, Path]) -> None:
+    world, kept, directory = whole
+    phases = [phase(desk(world, kept, directory)) for phase in RUNBOOK]
+    assert [phase.name for phase in phases] == [*PHASES, OWN_PHASE]
+    assert [phase.steps[-1].name for phase in phases[:-1]] == [last for _, last in PHASES.values()]
+
+
+def test_a_run_that_has_not_begun() -> None:
+    report = made([])
+    assert (report["outcome"], report["started_at"], report["update"]) == ("unfinished", None, None)
+    assert {phase["state"] for phase in report["phases"]} == {"not-begun"}
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [(Exit.BLOCKED, "blocked"), (Exit.VERIFICATION_FAILED, "verification-failed"), (Exit.ERROR, "stopped")],
+)
+def test_a_run_that_stopped_says_why(code: Exit, outcome: str) -> None:
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "readiness"),
+        say(Kind.CONTRADICTED, "readiness", why="replica: 1 node", exit=int(code)),
+    )  # fmt: skip
+    report = made(entries)
+    assert (report["outcome"], report["why"], report["finished_at"]) == (outcome, "replica: 1 node", None)
+    assert "> replica: 1 node" in markdown(report)
+
+
+def test_a_blocked_run_shows_its_checks() -> None:
+    check = {"name": "replica", "verdict": "block", "evidence": "1 nodes", "why": "w", "mend": "add one"}
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "readiness"), say(Kind.OBSERVED, "readiness", checks=[check]),
+        say(Kind.CONTRADICTED, "readiness", why="replica", exit=int(Exit.BLOCKED)),
+    )  # fmt: skip
+    assert made(entries)["preflight"]["checks"] == [check]
+
+
+def test_nothing_to_do() -> None:
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "readiness"),
+        say(Kind.FINISHED, outcome="nothing-to-do", why="all complete"),
+    )  # fmt: skip
+    report = made(entries)
+    assert (report["outcome"], report["why"], report["seconds"]) == ("nothing-to-do", "all complete", 120.0)
+
+
+def test_interruptions_tell_a_kill_from_a_stop_and_from_giving_up() -> None:
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "watch"), say(Kind.RESUMED, "watch"),
+        say(Kind.PAUSED, "watch", why="asked to stop"), say(Kind.RESUMED, "watch"),
+        say(Kind.CONTRADICTED, "watch", why="stalled", exit=1), say(Kind.RESUMED, "watch"),
+    )  # fmt: skip
+    told = [(each["how"], each["why"], each["after"]) for each in made(entries)["interruptions"]]
+    assert told == [
+        ("killed", None, "intended watch/watch"),
+        ("stopped", "asked to stop", "paused watch/watch"),
+        ("gave-up", "stalled", "contradicted watch/watch"),
+    ]
+
+
+def test_the_timeline_holds_changes_only() -> None:
+    def look(status: str, node: str) -> dict[str, Any]:
+        return {
+            "status": status, "group": "modifying", "nodes": {"a": {"status": node}},
+            "rotation": {"failovers": [], "primary": "a", "primary_since": None},
+        }  # fmt: skip
+
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "watch"),
+        say(Kind.OBSERVED, "watch", **look("in-progress", "not-applied")),
+        say(Kind.OBSERVED, "watch", **look("in-progress", "in-progress")),
+    )  # fmt: skip
+    lines = [(each["what"], each["status"]) for each in made(entries)["timeline"]]
+    assert lines == [
+        ("group", "modifying"), ("node a", "not-applied"), ("update", "in-progress"), ("node a", "in-progress"),
+    ]  # fmt: skip
+
+
+def test_no_secret_leaves_the_journal_for_the_report() -> None:
+    why = "rediss://pilot:hunter2@broker.example:6379/0 does not answer; password=hunter2"
+    entries = journal(say(Kind.STARTED), say(Kind.INTENDED, "watch"), say(Kind.PAUSED, "watch", why=why))
+    report = made(entries)
+    assert "hunter2" not in json.dumps(report) + markdown(report)
+    assert "rediss://***@broker.example:6379/0 does not answer" in report["why"]
+
+
+def test_a_cell_cannot_break_its_table() -> None:
+    check = {"name": "x", "verdict": "pass", "evidence": "a | b\nc", "why": "w", "mend": ""}
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "readiness"), say(Kind.OBSERVED, "readiness", checks=[check])
+    )
+    assert "| x | pass | a \\| b c | - |" in markdown(made(entries))
+
+
+def test_writing_again_changes_nothing_and_leaves_no_scraps(tmp_path: Path) -> None:
+    report = build(journal(say(Kind.STARTED)), RUN)
+    first = write(report, tmp_path)
+    content = [path.read_bytes() for path in first]
+    assert write(report, tmp_path) == first == (tmp_path / RUN.id / "report.json", tmp_path / RUN.id / "report.md")
+    assert [path.read_bytes() for path in first] == content
+    assert sorted(path.name for path in (tmp_path / RUN.id).iterdir()) == ["report.json", "report.md"]
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_no_scraps_either(tmp_path: Path) -> None:
+    (tmp_path / RUN.id / "report.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(NeedsOperator, match="setting `reports`"):
+        write(build([], RUN), tmp_path)
+    assert [path.name for path in (tmp_path / RUN.id).iterdir()] == ["report.json"]
+
+
+def test_files_are_current_only_while_they_say_what_the_journal_says(tmp_path: Path) -> None:
+    kept = MemoryJournal(FakeClock(), RUN.id)
+    kept.append(Kind.STARTED)
+    on_disk = Files(kept, RUN, tmp_path)
+    assert on_disk.current() is None
+    written = on_disk.write()
+    assert on_disk.current() == written
+    Path(written["markdown"]).write_text("tampered")
+    assert on_disk.current() is None
+    on_disk.write()
+    kept.append(Kind.INTENDED, "preflight", "readiness", {"cluster": "broker"})
+    assert on_disk.current() is None
+
+
+def test_reports_directory_that_is_a_file_is_a_persons_mistake(tmp_path: Path) -> None:
+    (tmp_path / "reports").write_text("")
+    with pytest.raises(PatchpilotError, match="cannot write"):
+        write(build([], RUN), tmp_path / "reports")

@@ -1,0 +1,151 @@
+"""Settings: what is refused, in which words, and what goes before what."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from patchpilot.errors import Usage
+from patchpilot.settings import load, parse_duration
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("PATCHPILOT_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0s", 0),
+        ("300ms", 0.3),
+        ("45s", 45),
+        ("5m", 300),
+        ("1h30m", 5400),
+        ("24h", 86400),
+        ("1.5h", 5400),
+        ("7d", 604800),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("text", ["", "5", "5 m", "m", "-5m", "5m!", "five minutes", "5M", "1e3s", "99999999999d"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a duration|longer than ten years"):
+        parse_duration(text)
+
+
+def test_the_example_shows_four_clusters_of_which_one_is_the_broker() -> None:
+    settings = load(ROOT / "config/patchpilot.example.toml")
+    roles = sorted(cluster.role for cluster in settings.clusters.values())
+    assert roles == ["broker", "cache", "cache", "volatile"]
+    assert settings.runbook.grace == timedelta(minutes=5)
+
+
+def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
+    from patchpilot.lab import background
+
+    values = {"postgres": '"x"', "region": '"eu-central-1"', "elasticache": '"http://x"', "credentials": '"/x"',
+              "replication_group": '"lab-broker"', "endpoint": '"redis://x"'}  # fmt: skip
+    written = ROOT / "config/lab.toml"
+    import tomllib
+
+    ours = tomllib.loads(written.read_text())
+    theirs = tomllib.loads(background._TOML.format(**values))
+    del theirs["postgres"], theirs["aws"]["endpoint_url"], theirs["aws"]["credentials_file"]
+    del theirs["clusters"]["broker"]["endpoint"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[runbook]\ngarce = '5m'", "runbook.garce: unknown key"),
+        ("[runbok]\n", "runbok: unknown key"),
+        ("[runbook]\ngrace = '5 minutes'", "runbook.grace: '5 minutes' is not a duration"),
+        ("[runbook]\ngrace = 300", "runbook.grace: 300 is not a duration"),
+        ("[clusters.b]\nrole = 'queue'\nreplication_group = 'x'", "clusters.b.role: Input should be"),
+        ("[clusters.b]\nrole = 'broker'", "clusters.b.replication_group: Field required"),
+        (
+            "[clusters.b]\nrole = 'broker'\nreplication_group = '9x'",
+            "clusters.b.replication_group: String should match",
+        ),
+        ("this is not toml", "not valid TOML"),
+        ("postgres = 'x'", "postgres: Input should be"),
+    ],
+)
+def test_a_bad_file_gets_one_line_with_the_file_and_the_key(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(Usage) as caught:
+        load(path)
+    line = str(caught.value)
+    assert str(path) in line
+    assert complaint in line
+    assert "\n" not in line
+
+
+def test_a_missing_file_and_a_missing_cluster(tmp_path: Path) -> None:
+    with pytest.raises(Usage, match="no such configuration file"):
+        load(tmp_path / "nowhere.toml")
+    settings = load(ROOT / "config/lab.toml")
+    with pytest.raises(Usage, match=r"no cluster 'brokr' .* \(known: broker\)"):
+        settings.cluster("brokr")
+    with pytest.raises(Usage, match="PATCHPILOT_CLUSTERS__BROKER__ENDPOINT"):
+        settings.endpoint("broker")
+    with pytest.raises(Usage, match="PATCHPILOT_POSTGRES"):
+        settings.postgres_dsn()
+
+
+def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHPILOT_POSTGRES", "postgresql://a:secret@b/c")
+    monkeypatch.setenv("PATCHPILOT_RUNBOOK__GRACE", "7s")
+    monkeypatch.setenv("PATCHPILOT_CLUSTERS__BROKER__ENDPOINT", "redis://:token@h:1/0")
+    settings = load(ROOT / "config/lab.toml")
+    assert settings.runbook.grace == timedelta(seconds=7)
+    assert settings.runbook.settle == timedelta(seconds=3)
+    assert settings.endpoint("broker") == "redis://:token@h:1/0"
+    assert settings.clusters["broker"].replication_group == "lab-broker"
+    assert "secret" not in repr(settings)
+    assert "token" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://u:hunter2%zz@h/d",
+        "postgresql://u:hunter2 x@h/d",
+        "postgresql://u:p@hunter2@h/d",
+        "host=h password='hunter2",
+    ],
+)
+def test_a_malformed_dsn_is_refused_without_being_quoted(monkeypatch: pytest.MonkeyPatch, dsn: str) -> None:
+    monkeypatch.setenv("PATCHPILOT_POSTGRES", dsn)
+    with pytest.raises(Usage, match="malformed") as caught:
+        load(ROOT / "config/lab.toml").postgres_dsn()
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h/0", "redis://h:x/0", "redis://:hunter2/x@h:1/0", "redis://h:1/abc", "nonsense"]
+)
+def test_a_malformed_endpoint_is_refused_without_being_quoted(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("PATCHPILOT_CLUSTERS__BROKER__ENDPOINT", url)
+    with pytest.raises(Usage, match=r"clusters\.broker\.endpoint is malformed") as caught:
+        load(ROOT / "config/lab.toml").endpoint("broker")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_typo_in_the_environment_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHPILOT_RUNBOOK__GARCE", "7s")
+    with pytest.raises(Usage, match=r"runbook\.garce: unknown key"):
+        load(ROOT / "config/lab.toml")
