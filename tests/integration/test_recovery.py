@@ -42,6 +42,13 @@ def lose(broker: redis.Redis, queue: str, task_id: str) -> None:
     raise AssertionError(f"{task_id} is not in {queue}")
 
 
+def await_parts(shop: Shop) -> None:
+    """Wait until every part is on record. A recovery before that would make the worker itself ask PostgreSQL."""
+    with Database(shop.dsn) as database:
+        missing = "SELECT 1 FROM patchpilot.chord_part WHERE state IS NULL"
+        until(lambda: database.fetch(missing) == [], seconds=20, what="every part had returned")
+
+
 def only(findings: tuple[Finding, ...] | tuple[Applied, ...]) -> Finding | Applied:
     [finding] = findings
     return finding
@@ -232,7 +239,8 @@ def test_callbacks_that_are_canvases_themselves(
     group_id = broker.keys("celery-taskset-meta-*.s")[0].decode()[len("celery-taskset-meta-") : -2]
     broker.delete(f"celery-taskset-meta-{group_id}.s")
     shop.worker()
-    until(lambda: recovery.recover(NOW) != (), seconds=20, what="the chord was recovered")
+    await_parts(shop)
+    assert only(recovery.recover(NOW)).diagnosis == "part-return-lost"
     shop.await_line(line)
     assert shop.ledger().count(line) == 1
 
@@ -308,6 +316,6 @@ def test_recovery_routes_as_the_application_does(
     broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     monkeypatch.setenv("SHOP_LEDGER", str(shop.ledger_file))
     shop.worker()
-    shop.await_line("add 1 1")
-    until(lambda: recovery.recover(NOW) != (), seconds=10, what="the chord was recovered")
+    await_parts(shop)
+    assert only(recovery.recover(NOW)).diagnosis == "part-return-lost"
     assert broker.llen("reports\x06\x166") == 1
