@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,18 @@ def migrated(postgres_server: Postgres, migrated_template: str) -> Iterator[str]
 
 
 @pytest.fixture
+def counting(request: pytest.FixtureRequest) -> str:
+    """Where the test application counts. Parametrise a test indirectly to choose; the environment chooses the rest."""
+    return str(getattr(request, "param", os.environ.get("PATCHPILOT_TEST_COUNTING", "postgres")))
+
+
+@pytest.fixture
 def shop(
-    lab_roster: Roster, tmp_path: Path, valkey: str, migrated: str, monkeypatch: pytest.MonkeyPatch
+    lab_roster: Roster, tmp_path: Path, valkey: str, migrated: str, monkeypatch: pytest.MonkeyPatch, counting: str
 ) -> Iterator[Shop]:
     """The test application on an empty broker and an empty database, with this process as its producer."""
+    monkeypatch.setitem(shop_module.app.conf, "patchpilot_counting", counting)
+    monkeypatch.setenv("SHOP_COUNTING", counting)
     with shop_on(lab_roster, tmp_path, valkey, migrated, monkeypatch) as opened:
         yield opened
 
@@ -77,3 +86,4 @@ def forget_connections(app: object) -> None:
     app._pool = None  # type: ignore[attr-defined]
     app.amqp._producer_pool = None  # type: ignore[attr-defined]
     app.amqp.__dict__.pop("send_task_message", None)  # type: ignore[attr-defined]
+    app.__dict__.pop("producer_or_acquire", None)

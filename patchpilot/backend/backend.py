@@ -1,12 +1,13 @@
 """The Celery result backend ``patchpilot+redis://``.
 
-Results, membership and callbacks are PostgreSQL's; counting and notifications are Valkey's. The class builds on
-Celery's Redis backend for connecting, key names and serialising, and replaces whatever a failover could lose.
+Results, membership and callbacks are PostgreSQL's; notifications are Valkey's. The class builds on Celery's Redis
+backend for connecting, key names and serialising, and replaces whatever a failover could lose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
@@ -20,12 +21,13 @@ from kombu.exceptions import EncodeError
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from redis.exceptions import ReadOnlyError, RedisError
 
-from patchpilot.backend.chords import Chords, Note
-from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config
+from patchpilot.backend.chords import Chords, Note, Waiting, waiting
+from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.outbox import Outbox
+from patchpilot.backend.purge import purge
 from patchpilot.backend.waiting import ResultConsumer
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import database
@@ -41,18 +43,22 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     ResultConsumer = ResultConsumer
 
-    # PostgreSQL keeps results until they are purged.
+    # PostgreSQL keeps results until they are purged: by `patchpilot db purge`, or by Celery beat's daily clean-up.
     supports_autoexpire = False
+
+    # Celery skips a redelivered task that has succeeded, before its part is returned and its start is known, if this
+    # is set together with worker_deduplicate_successful_tasks. The fence does what that setting asks for.
+    persistent = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config = Config.of(self.app)
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, ReadOnlyError)
         self.database = database(self.config.dsn, self.config.postgres_budget)
-        self.chords = Chords(self.app, self.database, self, self.config.claim_lease)
+        self.outbox = Outbox(self.app, self.database, self.config.journal)
+        self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.counter = Counter(lambda: self.client, self.get_key_for_group, self.config.valkey_budget)
-        self.outbox = Outbox(self.app, self.database)
-        self.fence = Fence(self.app, self.database, self.config.fence_lease)
+        self.fence = Fence(self.app, self.database, self.config.fence, self.config.fence_lease, self._on_repetition)
         self.outbox.install()
         self.fence.install()
         Heartbeat(self.database).install()
@@ -66,10 +72,38 @@ class Backend(RedisBackend):  # type: ignore[misc]
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
         payload = self.encode(meta)
-        self.database.execute(SQL["store"], {"task_id": task_id, "state": state, "meta": ensure_bytes(payload)})
+        row = {"task_id": task_id, "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
+        try:
+            if getattr(request, "patchpilot_done", None) == task_id:
+                request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
+                request.patchpilot_ended = True
+            else:
+                self.database.execute(SQL["store"], row)
+        except PatchpilotError:
+            if request is not None:
+                request.patchpilot_keep = True  # the task has no end on record, so its message must not go either
+            raise
         if state in states.READY_STATES:
             self._notify(task_id, payload)
         return result
+
+    def _end(self, request: Any, result: Any) -> dict[str, Any]:
+        """What a successful task leaves behind besides its result: a part of a chord, a message, a start."""
+        in_chord = request.chord is not None and request.group
+        start = getattr(request, "patchpilot_start", None)
+        nothing = {"scope": None, "attempt": None, "owner": None}
+        return {
+            **(nothing if start is None else start.row()),
+            "group_id": request.group if in_chord else None,
+            "payload": ensure_bytes(self.encode(result)) if in_chord else None,
+            "message_id": getattr(request, MESSAGE_ID, None),
+        }
+
+    def _lifetime(self, state: str) -> timedelta | None:
+        """How long a result is kept; None for ever."""
+        failures = getattr(self, "failure_expires", self.expires)  # since Celery 5.7
+        seconds = failures if state == states.FAILURE else self.expires
+        return timedelta(seconds=seconds) if seconds else None
 
     def _notify(self, task_id: str, payload: Any) -> None:
         """Wake whoever waits for the result. A hint: they find it in PostgreSQL anyway."""
@@ -103,8 +137,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.database.execute(SQL["forget"], {"task_id": task_id})
 
     def _save_group(self, group_id: str, result: Any) -> Any:
-        payload = self.encode({"result": result.as_tuple()})
-        self.database.execute(SQL["save_group"], {"group_id": group_id, "meta": ensure_bytes(payload)})
+        payload = ensure_bytes(self.encode({"result": result.as_tuple()}))
+        row = {"group_id": group_id, "meta": payload, "expires": self._lifetime(states.SUCCESS)}
+        self.database.execute(SQL["save_group"], row)
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
@@ -117,7 +152,19 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _delete_group(self, group_id: str) -> None:
         self.database.execute(SQL["delete_group"], {"group_id": group_id})
 
+    def cleanup(self) -> None:
+        """Remove what is over. Celery beat calls this once a day, by its task ``celery.backend_cleanup``."""
+        removed = purge(self.database, self.config.retention)
+        logger.info("Purged %s", ", ".join(f"{number} {what}" for what, number in removed.items()))
+
     # -- the end of a task --------------------------------------------------------------------------------------
+
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
+    ) -> None:
+        if request is not None and state == states.SUCCESS:
+            request.patchpilot_done = task_id  # its result, its part, its message and its start go in one statement
+        super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
 
     def mark_as_failure(self, task_id: str, exc: Any, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
@@ -145,9 +192,14 @@ class Backend(RedisBackend):  # type: ignore[misc]
         group_id, results = header_result_args[:2]
         self.chords.open(group_id, list(results), body)
 
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        if self.config.counting is Counting.VALKEY:
+            super().set_chord_size(group_id, chord_size)
+
     def add_to_chord(self, chord_id: str, result: Any) -> None:
         self.chords.grow(chord_id, result.id)
-        self.ensure(lambda: self.client.incr(self.get_key_for_group(chord_id, ".t")), ())
+        if self.config.counting is Counting.VALKEY:
+            self.ensure(lambda: self.client.incr(self.get_key_for_group(chord_id, ".t")), ())
 
     def on_connection_error(self, max_retries: int, exc: Exception, intervals: Any, retries: int) -> Any:
         self.client.connection_pool.disconnect()
@@ -159,11 +211,11 @@ class Backend(RedisBackend):  # type: ignore[misc]
         if not task_id or not group_id:
             return
         try:
-            chord = self.chords.return_part(group_id, task_id, state, result)
+            chord = self._returned(request, state, result)
             if chord is None:  # sent by a producer that does not use this backend yet
                 super().on_chord_part_return(request, state, result, **kwargs)
-            elif chord.live and (chord.distrusted or self._counted(request)):
-                self.finish_chord(group_id)
+            elif chord.live and (chord.counted_here or self._counted(request)):
+                self.finish_chord(group_id, spare=request.chord)
         except EncodeError:
             raise
         except Exception as error:
@@ -173,32 +225,49 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 "Chord %s is left to recovery, from part %s on: %s", group_id, task_id, error, exc_info=not expected
             )
 
+    def _returned(self, request: Any, state: str, result: Any) -> Waiting | None:
+        """Record the part, unless that was done together with the task's result."""
+        if getattr(request, "patchpilot_ended", False):
+            part: Waiting | None = request.patchpilot_part
+            return part
+        return self.chords.return_part(request.group, request.id, state, result)
+
     def _counted(self, request: Any) -> bool:
         """Count this part in Valkey. True if that may have completed the chord."""
         member = f"{request.id}:{request.group_index}"
         return self.counter.add(request.group, member, int(self.chord_expires or 0))
 
-    def finish_chord(self, group_id: str, note: Note | None = None) -> bool:
+    def finish_chord(self, group_id: str, note: Note | None = None, spare: Any = None) -> bool:
         """Dispatch the callback of a complete chord, once. For workers and for recovery alike.
 
         :param note: what to write down in the transaction that marks the chord as finished.
+        :param spare: the callback, should it not be on record.
         :returns: whether this call did it.
         """
-        finished = self.chords.finish(group_id, note)
-        if finished:
+        claim = self.chords.finish(group_id, note, spare)
+        if claim is not None and claim.counting == Counting.VALKEY:
             self.counter.clear(group_id)
-        return finished
+        return claim is not None
+
+    def _on_repetition(self, request: Any) -> None:
+        """A task that has run is not run again. But its process may have died before it saw to its chord."""
+        if request.chord is not None and request.group:
+            self.finish_chord(request.group, spare=request.chord)
 
 
 def _on_postrun(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:
-    """A task ended in this process: its message and, for a callback, its start are over."""
+    """A task ended in this process: its message and its start are over, unless they went with its result."""
     backend = task.app.backend if task is not None else None
     if state is None or not isinstance(backend, Backend):
         return
     request = task.request
-    again = state == states.REJECTED and getattr(retval, "requeue", False)
-    if (start := getattr(request, "patchpilot_start", None)) is not None:
-        backend.fence.end(start, again=again)
-    message_id = getattr(request, MESSAGE_ID, None)
-    if message_id and not again and not getattr(request, "patchpilot_keep", False):
+    if getattr(request, "patchpilot_keep", False) or getattr(request, "patchpilot_ended", False):
+        return
+    start, message_id = getattr(request, "patchpilot_start", None), getattr(request, MESSAGE_ID, None)
+    if state == states.REJECTED and getattr(retval, "requeue", False):
+        if start is not None:
+            backend.fence.give_up(start)
+    elif start is not None:
+        backend.fence.end(start, message_id)
+    elif message_id:
         backend.outbox.end(message_id)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
@@ -15,6 +17,47 @@ MESSAGE_ID = "patchpilot_message"
 
 CALLBACK_OF = "patchpilot_callback_of"
 """Message header: the chord whose callback this message is. Its start is fenced."""
+
+FOLLOWS = "patchpilot_follows"
+"""Message header: the message of the task before this one in a chain, or that links to it. Its start is fenced."""
+
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
+
+
+class Journal(StrEnum):
+    """``patchpilot_journal_messages``: what becomes of a message before it is published."""
+
+    REQUIRED = "required"
+    """It is written down; if that fails, publishing fails. The default, also written ``True``."""
+    WARN = "warn"
+    """It is written down; if that fails, it is published all the same, with a warning."""
+    OFF = "off"
+    """Only callbacks of chords are written down: a lost callback is what this backend is for. Also ``False``."""
+
+
+class FenceMode(StrEnum):
+    """``patchpilot_fence``: which tasks that are delivered twice run once."""
+
+    OFF = "off"
+    CALLBACKS = "callbacks"
+    """What follows from other tasks: callbacks of chords, later tasks of chains, links."""
+    ALL = "all"
+
+
+class Counting(StrEnum):
+    """``patchpilot_counting``: where the parts of a chord are counted."""
+
+    POSTGRES = "postgres"
+    VALKEY = "valkey"
+
+
+class Mode(StrEnum):
+    """``patchpilot_mode``: whether the backend acts or only watches."""
+
+    DURABLE = "durable"
+    SHADOW = "shadow"
+    """Results and chords stay on Celery's own Redis backend; the record is written beside it."""
 
 
 class Masked(str):
@@ -38,10 +81,19 @@ class Config:
     """The backend's settings, all but the first optional."""
 
     dsn: str = field(repr=False)
+    mode: Mode = Mode.DURABLE
+    counting: Counting = Counting.POSTGRES
+    journal: Journal = Journal.REQUIRED
+    fence: FenceMode = FenceMode.CALLBACKS
+    strict: bool = False
+    """Whether a callback that cannot be stored unchanged fails the dispatch, before anything is published."""
     claim_lease: timedelta = timedelta(seconds=30)
     """How long one process may take to join a chord's results and publish its callback before another may."""
     fence_lease: timedelta = timedelta(seconds=30)
     """How long after the last sign of life of a running callback another delivery of it may run."""
+    retention: timedelta = timedelta(days=7)
+    """How long chords and starts that are over stay on record. Longer than the broker's visibility timeout: until then
+    an old message may come back."""
     valkey_budget: float = 30.0
     """Seconds for which counting a part is retried before the chord is left to recovery."""
     postgres_budget: float = 60.0
@@ -51,30 +103,85 @@ class Config:
     def of(cls, app: Celery) -> Config:
         """Read the configuration of ``app``.
 
-        :raises ImproperlyConfigured: if PostgreSQL is configured nowhere.
+        :raises ImproperlyConfigured: if PostgreSQL is configured nowhere, or a value is not one of those it may be.
         """
-        dsn = app.conf.get("patchpilot_postgres") or os.environ.get("PATCHPILOT_POSTGRES")
-        if isinstance(dsn, Masked):
-            dsn = dsn.dsn
-        if callable(dsn):
-            dsn = dsn()
-        if not dsn:
-            raise ImproperlyConfigured(
-                "the patchpilot backend needs PostgreSQL: set patchpilot_postgres in the Celery configuration, "
-                "or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
-            )
-        app.conf["patchpilot_postgres"] = Masked.of(str(dsn))
         return cls(
-            str(dsn),
-            claim_lease=_seconds(app, "patchpilot_claim_lease", cls.claim_lease),
-            fence_lease=_seconds(app, "patchpilot_fence_lease", cls.fence_lease),
-            valkey_budget=float(app.conf.get("patchpilot_valkey_budget", cls.valkey_budget)),
-            postgres_budget=float(app.conf.get("patchpilot_postgres_budget", cls.postgres_budget)),
+            dsn_of(app),
+            mode=_choice(app, "patchpilot_mode", Mode, cls.mode),
+            counting=_choice(app, "patchpilot_counting", Counting, cls.counting),
+            journal=_choice(app, "patchpilot_journal_messages", Journal, cls.journal),
+            fence=_fence(app),
+            strict=_read(app, "patchpilot_strict", _flag, cls.strict),
+            claim_lease=_read(app, "patchpilot_claim_lease", _span, cls.claim_lease),
+            fence_lease=_read(app, "patchpilot_fence_lease", _span, cls.fence_lease),
+            retention=_read(app, "patchpilot_retention", _span, cls.retention),
+            valkey_budget=_read(app, "patchpilot_valkey_budget", _seconds, cls.valkey_budget),
+            postgres_budget=_read(app, "patchpilot_postgres_budget", _seconds, cls.postgres_budget),
         )
 
 
-def _seconds(app: Celery, key: str, default: timedelta) -> timedelta:
-    value: Any = app.conf.get(key)
+def dsn_of(app: Celery) -> str:
+    """The DSN from the setting ``patchpilot_postgres`` (a string, or a function that returns one) or the environment.
+
+    The setting is masked on the way: ``app.conf.humanize()`` and ``celery report`` print every setting.
+
+    :raises ImproperlyConfigured: if there is none.
+    """
+    dsn = app.conf.get("patchpilot_postgres") or os.environ.get("PATCHPILOT_POSTGRES")
+    if isinstance(dsn, Masked):
+        return dsn.dsn
+    if callable(dsn):
+        dsn = dsn()
+    if not dsn:
+        raise ImproperlyConfigured(
+            "the patchpilot backend needs PostgreSQL: set patchpilot_postgres in the Celery configuration, "
+            "or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
+        )
+    app.conf["patchpilot_postgres"] = Masked.of(str(dsn))
+    return str(dsn)
+
+
+def _fence(app: Celery) -> FenceMode:
+    """The fence's mode. Whoever asks Celery not to repeat what has succeeded asks for all of it."""
+    mode = _choice(app, "patchpilot_fence", FenceMode, Config.fence)
+    everything = mode is FenceMode.CALLBACKS and app.conf.worker_deduplicate_successful_tasks
+    return FenceMode.ALL if everything else mode
+
+
+def _choice(app: Celery, key: str, choices: type[E], default: E) -> E:
+    value = app.conf.get(key)
     if value is None:
         return default
-    return value if isinstance(value, timedelta) else timedelta(seconds=float(value))
+    if choices is Journal and isinstance(value, bool):
+        value = Journal.REQUIRED if value else Journal.OFF
+    try:
+        return choices(value)
+    except ValueError:
+        raise ImproperlyConfigured(f"{key} is {value!r}; it may be {', '.join(choices)}") from None
+
+
+def _read(app: Celery, key: str, parse: Callable[[Any], T], default: T) -> T:
+    value = app.conf.get(key)
+    if value is None:
+        return default
+    try:
+        return parse(value)
+    except (TypeError, ValueError) as error:
+        raise ImproperlyConfigured(f"{key} is {value!r}: {error}") from None
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("it may be True or False")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    if seconds < 0:
+        raise ValueError("it may not be negative")
+    return seconds
+
+
+def _span(value: Any) -> timedelta:
+    return timedelta(seconds=_seconds(value))

@@ -1,10 +1,15 @@
-"""The fence: a callback that is delivered twice runs once, and one whose worker died runs again.
+"""The fence: a task that is delivered twice runs once, and one whose worker died runs again.
 
 After a failover the broker may deliver a callback a second time: the pop or the acknowledgement was among the lost
 writes, or recovery pushed it again. Every such delivery has the same task id. So each start of a callback is claimed
 in PostgreSQL, under a lease that is renewed while it runs. A second delivery of a finished callback is acknowledged
 without running. A second delivery of one that runs elsewhere is dropped too: its message stays in the outbox until
 the callback has ended, so recovery delivers it again should its runner die.
+
+A task id alone does not name an execution: a frozen signature that is applied again has the same one. What does is the
+task id within a scope. For a callback that is its chord; for what follows another task (the next one of its chain, a
+link) it is the message of that task, because should it run twice, both runs publish what follows; for everything else
+it is the message itself.
 
 The fence sits around ``Task.run``, where raising ``Ignore`` ends a task without a result and without an error.
 """
@@ -17,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
-from typing import Any
+from typing import Any, LiteralString
 from uuid import uuid4
 
 from celery import Celery, signals
@@ -26,7 +31,7 @@ from celery.exceptions import Ignore, Reject
 from celery.utils.log import get_logger
 from celery.utils.nodenames import gethostname
 
-from patchpilot.backend.config import CALLBACK_OF
+from patchpilot.backend.config import CALLBACK_OF, FOLLOWS, MESSAGE_ID, FenceMode
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
@@ -47,30 +52,38 @@ def this_worker() -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """One execution of a fenced callback."""
+    """One execution of a fenced task."""
 
     task_id: str
     attempt: str
-    group_id: str
+    """Retries and replacements: a retry is a start of its own."""
+    scope: str
     owner: str
 
     def row(self) -> dict[str, Any]:
-        return {"task_id": self.task_id, "attempt": self.attempt, "group_id": self.group_id, "owner": self.owner}
+        return {"task_id": self.task_id, "attempt": self.attempt, "scope": self.scope, "owner": self.owner}
 
 
 class Fence:
     """The fence of one application in this process.
 
     :param lease: how long after its last renewal a start counts as dead.
+    :param on_repetition: told about a delivery that does not run because its task has run already.
     """
 
-    def __init__(self, app: Celery, database: Database, lease: timedelta) -> None:
+    def __init__(
+        self, app: Celery, database: Database, mode: FenceMode, lease: timedelta, on_repetition: Callable[[Any], None]
+    ) -> None:
         self._app = app
         self._database = database
+        self._mode = mode
         self._lease = lease
+        self._on_repetition = on_repetition
 
     def install(self) -> None:
         """Put the fence around every task of the application, now and whenever tasks are added."""
+        if self._mode is FenceMode.OFF:
+            return
         if self._app.finalized:
             self._wrap_all()
         else:
@@ -90,11 +103,11 @@ class Fence:
         @wraps(run)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             request = task.request
-            group_id = getattr(request, CALLBACK_OF, None)
-            if group_id is None or request.called_directly or getattr(request, "patchpilot_start", None):
+            scope = self._scope(request)
+            if scope is None or request.called_directly or getattr(request, "patchpilot_start", None):
                 return run(*args, **kwargs)
             try:
-                start = self._begin(request, group_id)
+                start = self._begin(request, scope)
             except PatchpilotError as error:
                 # Without PostgreSQL nobody knows whether it ran: neither run it nor call it failed.
                 raise Reject(error, requeue=True) from error
@@ -105,23 +118,32 @@ class Fence:
         guarded.patchpilot = True  # type: ignore[attr-defined]
         return guarded
 
-    def _begin(self, request: Any, group_id: str) -> Start:
-        """Claim the start of a callback.
+    def _scope(self, request: Any) -> str | None:
+        """What the start of this task belongs to; None if it needs no fence."""
+        scope: str | None = getattr(request, CALLBACK_OF, None) or getattr(request, FOLLOWS, None)
+        if scope is None and self._mode is FenceMode.ALL:
+            scope = getattr(request, MESSAGE_ID, None)
+        return scope
+
+    def _begin(self, request: Any, scope: str) -> Start:
+        """Claim the start of a task.
 
         :raises Ignore: it has run already, or is running.
         """
         attempt = f"{request.retries or 0}/{request.replaced_task_nesting or 0}"
-        start = Start(request.id, attempt, group_id, str(uuid4()))
+        start = Start(request.id, attempt, scope, str(uuid4()))
         if self._start(start):
             return start
         rows = self._database.fetch(SQL["look"], start.row())
         if rows and not rows[0]["finished"] and _is_gone(rows[0]["worker"]) and self._start(start, rows[0]["worker"]):
-            logger.warning("Callback %s of chord %s runs again: its process died", request.id, group_id)
+            logger.warning("%s[%s] runs again: its process died", request.task, request.id)
             return start
         if rows and not rows[0]["finished"]:
             # Not ours to end: the message stays in the outbox for as long as the other execution lives.
             request.patchpilot_keep = True
-        logger.warning("Callback %s of chord %s was delivered again and is not run again", request.id, group_id)
+        else:
+            self._on_repetition(request)
+        logger.warning("%s[%s] was delivered again and is not run again", request.task, request.id)
         raise Ignore
 
     def _start(self, start: Start, gone: str = "") -> bool:
@@ -131,16 +153,23 @@ class Fence:
     def _renew(self, start: Start) -> None:
         try:
             if not self._database.execute(SQL["renew"], {**start.row(), "lease": self._lease}):
-                logger.error("Callback %s lost its lease while it runs; it may run twice", start.task_id)
+                logger.error("Task %s lost its lease while it runs; it may run twice", start.task_id)
         except PatchpilotError as error:
-            logger.warning("The lease of callback %s was not renewed: %s", start.task_id, error)
+            logger.warning("The lease of task %s was not renewed: %s", start.task_id, error)
 
-    def end(self, start: Start, *, again: bool) -> None:
-        """The execution is over. ``again``: its message goes back to the queue, and the next delivery may run."""
+    def end(self, start: Start, message_id: str | None) -> None:
+        """The execution is over, and its message with it."""
+        self._record(SQL["end"], start, {"message_id": message_id})
+
+    def give_up(self, start: Start) -> None:
+        """Its message goes back to the queue: the next delivery may run."""
+        self._record(SQL["give_up"], start, {})
+
+    def _record(self, sql: LiteralString, start: Start, more: dict[str, Any]) -> None:
         try:
-            self._database.execute(SQL["give_up" if again else "finish"], start.row())
+            self._database.execute(sql, {**start.row(), **more})
         except PatchpilotError as error:
-            logger.error("The end of callback %s was not recorded: %s", start.task_id, error)  # noqa: TRY400
+            logger.error("The end of task %s was not recorded: %s", start.task_id, error)  # noqa: TRY400
 
 
 def _is_gone(worker: str) -> bool:

@@ -55,12 +55,25 @@ CHORDS: tuple[Rule[Header], ...] = (
         "a process is dispatching the callback right now", report=False,
     ),
     Rule(
+        "shadow", lambda it: it.chord.shadow and it.chord.returned == it.chord.total, Remedy.NONE,
+        "all {total} parts are in PostgreSQL and its callback is not out; in shadow mode it is only watched",
+    ),
+    Rule(
+        "unrecoverable", lambda it: it.chord.unrecoverable is not None and it.chord.returned == it.chord.total,
+        Remedy.NONE, "all {total} parts are in PostgreSQL, but its callback could not be stored: {unrecoverable}",
+    ),
+    Rule(
         "dispatch-interrupted", lambda it: it.chord.claimed, Remedy.DISPATCH_CALLBACK,
         "all {total} parts are in PostgreSQL, and the process that had claimed the callback died before it was out",
     ),
     Rule(
-        "part-return-lost", lambda it: it.chord.returned == it.chord.total, Remedy.DISPATCH_CALLBACK,
+        "part-return-lost", lambda it: it.chord.returned == it.chord.total and it.chord.counting == "valkey",
+        Remedy.DISPATCH_CALLBACK,
         "all {total} parts are in PostgreSQL, but the count in Valkey never got there: a part return was lost",
+    ),
+    Rule(
+        "dispatch-lost", lambda it: it.chord.returned == it.chord.total, Remedy.DISPATCH_CALLBACK,
+        "all {total} parts are in PostgreSQL, and the process of the last one died before it took the callback",
     ),
     Rule(
         "part-return-interrupted", lambda it: it.chord.ended > 0, Remedy.RECORD_PART,
@@ -138,6 +151,7 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> Finding | None:
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
         lost=len(lost), unknown=len(header.unknown), missing=chord.total - header.accounted,
+        unrecoverable=chord.unrecoverable,
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,

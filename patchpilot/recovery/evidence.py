@@ -86,6 +86,11 @@ class Chord:
     claimed: bool
     claim_live: bool
     publish_error: str | None
+    counting: str = "postgres"
+    unrecoverable: str | None = None
+    """Why its callback is not on record."""
+    shadow: bool = False
+    """It was only watched: Celery's own backend counts and dispatches it."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +207,11 @@ def _settled(row: Row) -> Where:
 
 
 def _chord(row: Row) -> Chord:
-    names = ("group_id", "age", "total", "returned", "ended", "inner_chords", "messages", "claimed", "claim_live")
-    return Chord(
-        callback=row["callback_name"], publish_error=row["publish_error"], **{name: row[name] for name in names}
-    )
+    names = (
+        "group_id", "age", "total", "returned", "ended", "inner_chords", "messages", "claimed", "claim_live",
+        "publish_error", "counting", "unrecoverable", "shadow",
+    )  # fmt: skip
+    return Chord(callback=row["callback_name"], **{name: row[name] for name in names})
 
 
 def _message(row: Row, where: Where, tag: str | None) -> Message:

@@ -23,6 +23,7 @@ def rows(shop: Shop, sql: str) -> list[dict[str, object]]:
         return database.fetch(sql)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("counting", ["postgres", "valkey"], indirect=True)
 def test_the_canvases_people_use(shop: Shop) -> None:
     shop.worker()
     canvases = {

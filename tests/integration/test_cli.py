@@ -90,6 +90,7 @@ def test_a_broker_that_is_away_repairs_nothing(shop: Shop) -> None:
     assert "hunter2" not in done.stderr
 
 
+@pytest.mark.parametrize("counting", ["valkey"], indirect=True)
 def test_recover_says_what_it_would_do_and_does_it_once(shop: Shop) -> None:
     import redis
 
@@ -128,6 +129,7 @@ def test_recover_says_what_it_would_do_and_does_it_once(shop: Shop) -> None:
     assert shop.ledger().count("total 2") == 1
 
 
+@pytest.mark.parametrize("counting", ["valkey"], indirect=True)
 def test_recover_killed_at_any_moment_strands_nothing(shop: Shop) -> None:
     """Killed at growing delays until one gets through; the claim it may have left behind is a lease."""
     import redis

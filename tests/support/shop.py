@@ -25,6 +25,10 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     patchpilot_fence_lease=float(os.environ.get("SHOP_FENCE_LEASE", "30")),
     patchpilot_claim_lease=float(os.environ.get("SHOP_CLAIM_LEASE", "30")),
+    patchpilot_counting=os.environ.get("SHOP_COUNTING", "postgres"),
+    patchpilot_fence=os.environ.get("SHOP_FENCE", "callbacks"),
+    patchpilot_mode=os.environ.get("SHOP_MODE", "durable"),
+    worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
     broker_transport_options={"socket_timeout": 10, "health_check_interval": 5},
 )
 

@@ -35,7 +35,10 @@ def message(where: Where, **changes: object) -> Message:
     ("diagnosis", "remedy", "changes", "wheres"),
     [
         ("dispatch-interrupted", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "claimed": True}, []),
-        ("part-return-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0}, []),
+        ("part-return-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "counting": "valkey"}, []),
+        ("dispatch-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0}, []),
+        ("shadow", Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
+        ("unrecoverable", Remedy.NONE, {"returned": 3, "messages": 0, "unrecoverable": "a lambda"}, []),
         ("part-return-interrupted", Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
         ("half-published", Remedy.NONE, {"publish_error": "EncodeError"}, [Where.NOWHERE]),
         ("header-message-lost", Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE]),

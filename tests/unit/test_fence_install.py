@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from celery import Celery, signals
 
+from patchpilot.backend.config import FenceMode
 from patchpilot.backend.fence import Fence
 from patchpilot.postgres.connection import Database
 
@@ -15,7 +18,9 @@ def test_every_task_is_fenced_whenever_it_was_registered() -> None:
     def early() -> int:
         return 1
 
-    Fence(app, Database("postgresql://127.0.0.1:1/x"), None).install()  # type: ignore[arg-type]
+    Fence(
+        app, Database("postgresql://127.0.0.1:1/x"), FenceMode.ALL, timedelta(seconds=1), lambda _request: None
+    ).install()
     app.finalize()
     assert app.tasks[early.name].run.patchpilot
 

@@ -21,8 +21,9 @@ def test_the_backend_loads_neither_the_cloud_nor_the_command_line() -> None:
 def test_the_backend_is_found_by_its_url() -> None:
     from celery.app import backends
 
-    cls, url = backends.by_url("patchpilot+redis://h:1/0")
-    assert (cls.__name__, url) == ("Backend", "redis://h:1/0")
+    from patchpilot.backend import create
+
+    assert backends.by_url("patchpilot+redis://h:1/0") == (create, "redis://h:1/0")
 
 
 def test_without_postgresql_the_backend_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +34,41 @@ def test_without_postgresql_the_backend_says_what_to_set(monkeypatch: pytest.Mon
     app = Celery("nowhere", backend="patchpilot+redis://127.0.0.1:1/0", set_as_current=False)
     with pytest.raises(ImproperlyConfigured, match="patchpilot_postgres"):
         _ = app.backend
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("patchpilot_mode", "durabel", "durable, shadow"),
+        ("patchpilot_counting", "redis", "postgres, valkey"),
+        ("patchpilot_fence", True, "off, callbacks, all"),
+        ("patchpilot_journal_messages", "no", "required, warn, off"),
+        ("patchpilot_strict", "yes", "True or False"),
+        ("patchpilot_claim_lease", "soon", "could not convert"),
+        ("patchpilot_retention", -1, "negative"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(key: str, value: object, words: str) -> None:
+    from celery import Celery
+    from celery.exceptions import ImproperlyConfigured
+
+    app = Celery("wrong", backend="patchpilot+redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.update({"patchpilot_postgres": "postgresql://u:hunter2@127.0.0.1:1/x", key: value})
+    with pytest.raises(ImproperlyConfigured, match=f"^{key} is .*{words}") as refused:
+        _ = app.backend
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "required"), (False, "off"), ("warn", "warn"), (None, "required")])
+def test_journalling_is_on_off_or_a_warning(given: object, meant: str) -> None:
+    from celery import Celery
+
+    from patchpilot.backend.config import Config
+
+    app = Celery("journalling", set_as_current=False)
+    app.conf.update(patchpilot_postgres=lambda: "postgresql://127.0.0.1:1/x", patchpilot_journal_messages=given)
+    assert Config.of(app).journal == meant
+    assert Config.of(app).dsn == "postgresql://127.0.0.1:1/x"
 
 
 def test_no_report_or_inspection_shows_the_dsn() -> None:

@@ -5,20 +5,24 @@ CREATE TABLE patchpilot.result (
     task_id     text PRIMARY KEY,
     state       text NOT NULL,
     meta        bytea NOT NULL,
-    stored_at   timestamptz NOT NULL DEFAULT now()
+    stored_at   timestamptz NOT NULL DEFAULT now(),
+    expires_at  timestamptz            -- null: kept until somebody forgets it
 );
+CREATE INDEX result_expiry ON patchpilot.result (expires_at) WHERE expires_at IS NOT NULL;
 
 -- A saved GroupResult (GroupResult.save), which is not what a chord's membership is kept in.
 CREATE TABLE patchpilot.saved_group (
     group_id    text PRIMARY KEY,
     meta        bytea NOT NULL,
-    stored_at   timestamptz NOT NULL DEFAULT now()
+    stored_at   timestamptz NOT NULL DEFAULT now(),
+    expires_at  timestamptz
 );
+CREATE INDEX saved_group_expiry ON patchpilot.saved_group (expires_at) WHERE expires_at IS NOT NULL;
 
 -- open:        parts are still to come, or have come and nobody has taken the callback
--- claimed:     one process has taken the callback and is joining results or publishing; a lease, not a lock
--- dispatched:  the callback's messages are in the outbox: from here on they are the outbox's affair
--- failed:      a part failed, and the error path has run
+-- claimed:     one process has taken the callback and is joining results; a lease, not a lock
+-- dispatched:  the callback's messages are in the outbox, since the same transaction: from here on they are its affair
+-- failed:      a part failed, and the error path has run; what it published is in the outbox, since the same transaction
 CREATE TYPE patchpilot.chord_state AS ENUM ('open', 'claimed', 'dispatched', 'failed');
 
 CREATE TABLE patchpilot.chord (
@@ -26,9 +30,12 @@ CREATE TABLE patchpilot.chord (
     state             patchpilot.chord_state NOT NULL DEFAULT 'open',
     callback_id       text NOT NULL,
     callback_name     text NOT NULL,
-    callback          bytea NOT NULL,
-    callback_type     text NOT NULL,   -- content type and encoding of the callback
-    callback_encoding text NOT NULL,
+    callback          bytea,           -- null when it could not be stored: then only the header's messages have it
+    callback_type     text,            -- content type and encoding of the callback
+    callback_encoding text,
+    unrecoverable     text,            -- why it could not be stored, or not unchanged, and where in the callback
+    counting          text NOT NULL DEFAULT 'postgres' CHECK (counting IN ('postgres', 'valkey')),
+    shadow            boolean NOT NULL DEFAULT false,  -- watched only: Celery's own backend counts and dispatches it
     routes            jsonb NOT NULL DEFAULT '{}',  -- task name -> publishing options, as the application routes it
     result_serializer text NOT NULL,
     structure         jsonb,           -- the header's results as a tuple, when they nest; null when they are flat
@@ -37,14 +44,19 @@ CREATE TABLE patchpilot.chord (
     claim_token       uuid,
     claim_until       timestamptz,
     claims            int NOT NULL DEFAULT 0,
+    finish_token      uuid,            -- of the claim under which it was finished
     distrusted        boolean NOT NULL DEFAULT false,  -- its count in Valkey may have lost parts: ask here instead
     finished_at       timestamptz,     -- when the callback was dispatched, or the error path had run
     CONSTRAINT claim_is_a_lease CHECK ((state = 'claimed') = (claim_token IS NOT NULL)),
     CONSTRAINT claim_has_an_end CHECK ((claim_token IS NULL) = (claim_until IS NULL)),
-    CONSTRAINT finished_when_over CHECK ((state IN ('dispatched', 'failed')) = (finished_at IS NOT NULL))
+    CONSTRAINT finished_when_over CHECK ((state IN ('dispatched', 'failed')) = (finished_at IS NOT NULL)),
+    CONSTRAINT stored_whole CHECK ((callback IS NULL) = (callback_type IS NULL) AND (callback IS NULL) = (callback_encoding IS NULL)),
+    CONSTRAINT a_reason_for_what_is_missing CHECK (callback IS NOT NULL OR unrecoverable IS NOT NULL)
 );
 -- Recovery scans what is open, however much was ever run.
 CREATE INDEX chord_open ON patchpilot.chord (created_at) WHERE state IN ('open', 'claimed');
+CREATE INDEX chord_open_callback ON patchpilot.chord (callback_id) WHERE state IN ('open', 'claimed');
+CREATE INDEX chord_over ON patchpilot.chord (finished_at) WHERE finished_at IS NOT NULL;
 
 CREATE TABLE patchpilot.chord_part (
     group_id     text NOT NULL REFERENCES patchpilot.chord ON DELETE CASCADE,
@@ -83,9 +95,10 @@ CREATE INDEX outbox_sent ON patchpilot.outbox (sent_at);
 CREATE INDEX outbox_group ON patchpilot.outbox (group_id) WHERE group_id IS NOT NULL;
 CREATE INDEX outbox_callback ON patchpilot.outbox (callback_of) WHERE callback_of IS NOT NULL;
 
--- What starts twice runs once: the start of a callback, under a lease renewed while it runs.
+-- What starts twice runs once: the start of a task, under a lease renewed while it runs.
 CREATE TABLE patchpilot.fence (
-    group_id     text NOT NULL,        -- the chord; one that is sent anew under the same callback id is another
+    scope        text NOT NULL,        -- what the start belongs to: a callback's chord, the message before it in a chain,
+                                       -- or its own message. Sent anew under the same task id it has another scope
     task_id      text NOT NULL,
     attempt      text NOT NULL,        -- retries/replacements: a retry is a start of its own
     owner        uuid NOT NULL,        -- one execution
@@ -94,8 +107,9 @@ CREATE TABLE patchpilot.fence (
     started_at   timestamptz NOT NULL DEFAULT now(),
     lease_until  timestamptz NOT NULL,
     finished_at  timestamptz,
-    PRIMARY KEY (group_id, task_id, attempt)
+    PRIMARY KEY (scope, task_id, attempt)
 );
+CREATE INDEX fence_over ON patchpilot.fence (coalesce(finished_at, lease_until));
 
 -- Workers that are alive, as they say themselves: one that is here and does not answer makes what it may hold unknown.
 CREATE TABLE patchpilot.worker (

@@ -4,16 +4,19 @@
 -- A frozen chord that is applied again keeps its group id, gets a new callback id, and begins anew. The same callback
 -- id is a repetition (the step before it in a chain was delivered twice): what is on record stands, and no row returns.
 INSERT INTO patchpilot.chord AS c (
-    group_id, callback_id, callback_name, callback, callback_type, callback_encoding, routes, result_serializer, structure
+    group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
+    result_serializer, structure, counting, shadow, publish_error
 ) VALUES (
     %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
-    %(routes)s, %(result_serializer)s, %(structure)s
+    %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(counting)s, %(shadow)s, %(publish_error)s
 )
 ON CONFLICT (group_id) DO UPDATE SET
     state = 'open', callback_id = EXCLUDED.callback_id, callback_name = EXCLUDED.callback_name,
-    callback = EXCLUDED.callback, callback_type = EXCLUDED.callback_type, callback_encoding = EXCLUDED.callback_encoding,
-    routes = EXCLUDED.routes, result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure,
-    publish_error = NULL, created_at = now(), claim_token = NULL, claim_until = NULL, claims = 0, distrusted = false, finished_at = NULL
+    callback = EXCLUDED.callback, callback_type = EXCLUDED.callback_type,
+    callback_encoding = EXCLUDED.callback_encoding, unrecoverable = EXCLUDED.unrecoverable, routes = EXCLUDED.routes,
+    result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure, counting = EXCLUDED.counting,
+    shadow = EXCLUDED.shadow, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
+    claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, finished_at = NULL
 WHERE c.callback_id <> EXCLUDED.callback_id
 RETURNING group_id
 
@@ -43,10 +46,20 @@ WITH returned AS (
     SET state = %(state)s, payload = %(payload)s, returned_at = now()
     WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND state IS NULL
 )
-SELECT state IN ('open', 'claimed') AS live, distrusted FROM patchpilot.chord WHERE group_id = %(group_id)s
+SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here
+FROM patchpilot.chord WHERE group_id = %(group_id)s
 
 -- name: publishing_failed
-UPDATE patchpilot.chord SET publish_error = %(error)s WHERE group_id = %(group_id)s AND state = 'open'
+UPDATE patchpilot.chord SET publish_error = %(error)s WHERE group_id = ANY(%(group_ids)s) AND state = 'open'
+
+-- name: is_ready
+-- Whether the chord is complete and free to be claimed. Asked after a part has been committed: of parts that return at
+-- once, whoever commits last sees all of them, and no row is fought over.
+SELECT 1
+FROM patchpilot.chord c
+WHERE c.group_id = %(group_id)s
+  AND (c.state = 'open' OR (c.state = 'claimed' AND c.claim_until < now()))
+  AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
 
 -- name: claim
 -- Whoever gets the row may dispatch, the worker of the last part and recovery alike; everybody else gets nothing.
@@ -60,16 +73,8 @@ WHERE group_id IN (
       AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
     FOR UPDATE SKIP LOCKED
 )
-RETURNING group_id, callback_id, callback_name, callback, callback_type, callback_encoding, routes, result_serializer,
-          structure, claims
-
--- name: is_free
--- Whether a claim that got no row may get it in a moment: the row was merely locked, by somebody who did not claim it.
-SELECT 1
-FROM patchpilot.chord c
-WHERE c.group_id = %(group_id)s
-  AND (c.state = 'open' OR (c.state = 'claimed' AND c.claim_until < now()))
-  AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
+RETURNING group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
+          result_serializer, structure, counting
 
 -- name: join
 SELECT task_id, state, payload
@@ -77,22 +82,26 @@ FROM patchpilot.chord_part
 WHERE group_id = %(group_id)s
 ORDER BY CASE WHEN %(ordered)s THEN position END, returned_at, position
 
--- name: already_dispatched
--- After a claim that was interrupted: did the callback get out before its claimer died? A callback of one task is
--- known by its id; one of many (a group, a chain) is sent again whole, and the fence stops what already ran.
-SELECT EXISTS (
-        SELECT FROM patchpilot.result r JOIN patchpilot.chord c ON c.group_id = %(group_id)s
-        WHERE r.task_id = c.callback_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at > c.created_at
-    )
-    OR EXISTS (SELECT FROM patchpilot.fence WHERE group_id = %(group_id)s AND task_id = %(callback_id)s)
-    OR EXISTS (SELECT FROM patchpilot.outbox WHERE task_id = %(callback_id)s AND callback_of = %(group_id)s) AS yes
-
 -- name: finish
+-- In the transaction that writes the callback's messages down: if the claim is somebody else's by now, neither counts.
+-- A repetition after a commit whose answer was lost finds its own token.
 UPDATE patchpilot.chord
-SET state = %(state)s, claim_token = NULL, claim_until = NULL, finished_at = now()
-WHERE group_id = %(group_id)s AND claim_token = %(token)s
+SET state = %(state)s, finish_token = %(token)s, claim_token = NULL, claim_until = NULL, finished_at = now()
+WHERE group_id = %(group_id)s AND (claim_token = %(token)s OR finish_token = %(token)s)
 
 -- name: release
 UPDATE patchpilot.chord
 SET state = 'open', claim_token = NULL, claim_until = NULL
 WHERE group_id = %(group_id)s AND claim_token = %(token)s
+
+-- name: shadow_over
+-- In shadow mode Celery's own backend dispatches: the chord is over when its callback's message is on record, or when
+-- all parts are in and one of them failed.
+UPDATE patchpilot.chord c
+SET state = CASE WHEN failed THEN 'failed' ELSE 'dispatched' END::patchpilot.chord_state, finished_at = now()
+FROM (
+    SELECT bool_or(state <> 'SUCCESS') AS failed, bool_and(state IS NOT NULL) AS complete
+    FROM patchpilot.chord_part WHERE group_id = %(group_id)s
+) part
+WHERE c.group_id = %(group_id)s AND c.shadow AND c.state = 'open' AND part.complete
+  AND (part.failed OR EXISTS (SELECT FROM patchpilot.outbox o WHERE o.callback_of = c.group_id))

@@ -1,14 +1,18 @@
 -- Task messages: written before they leave for the broker, gone when their task ends.
 
 -- name: record
+-- All messages of one dispatch in one statement. A repetition, after a commit whose answer was lost, changes nothing.
 INSERT INTO patchpilot.outbox (
     message_id, task_id, task_name, group_id, callback_of, exchange, routing_key, queue, headers, properties, body,
     content_type, content_encoding, eta, expires
-) VALUES (
-    %(message_id)s, %(task_id)s, %(task_name)s, %(group_id)s, %(callback_of)s, %(exchange)s, %(routing_key)s, %(queue)s,
-    %(headers)s, %(properties)s, %(body)s, %(content_type)s, %(content_encoding)s, %(eta)s, %(expires)s
+)
+SELECT * FROM unnest(
+    %(message_id)s::uuid[], %(task_id)s::text[], %(task_name)s::text[], %(group_id)s::text[], %(callback_of)s::text[],
+    %(exchange)s::text[], %(routing_key)s::text[], %(queue)s::text[], %(headers)s::jsonb[], %(properties)s::jsonb[],
+    %(body)s::bytea[], %(content_type)s::text[], %(content_encoding)s::text[], %(eta)s::timestamptz[],
+    %(expires)s::timestamptz[]
 )
 ON CONFLICT (message_id) DO UPDATE SET sent_at = now()
 
 -- name: end
-DELETE FROM patchpilot.outbox WHERE message_id = %(message_id)s
+DELETE FROM patchpilot.outbox WHERE message_id = ANY(%(message_ids)s::uuid[])

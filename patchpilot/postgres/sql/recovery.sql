@@ -3,7 +3,8 @@
 -- name: open_chords
 -- Every chord whose callback is not out yet and that made no progress for a while.
 WITH open_chord AS (
-    SELECT c.group_id, c.callback_id, c.callback_name, c.state = 'claimed' AS claimed, c.publish_error,
+    SELECT c.group_id, c.callback_id, c.callback_name, c.state = 'claimed' AS claimed, c.publish_error, c.shadow,
+           c.counting, c.unrecoverable,
            coalesce(c.claim_until > now(), false) AS claim_live,
            greatest(c.created_at, part.last_return, message.last_sent) AS progress_at,
            part.total, part.returned, part.ended, part.inner_chords, coalesce(message.count, 0) AS messages
@@ -31,9 +32,10 @@ WHERE progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
 ORDER BY progress_at, group_id
 
 -- name: distrust_counts
--- A count that was cut short shows only when the last part has returned, and that may be long after recovery. From here
+-- A count in Valkey that was cut short shows only when the last part has returned, and that may be long after recovery. From here
 -- on the parts of every chord that is open now are counted in PostgreSQL.
-UPDATE patchpilot.chord SET distrusted = true WHERE state IN ('open', 'claimed') AND NOT distrusted
+UPDATE patchpilot.chord SET distrusted = true
+WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 
 -- name: messages
 -- Every message whose task has not ended, as far as PostgreSQL knows.
@@ -47,9 +49,10 @@ LEFT JOIN LATERAL (
     SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
            bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running
     FROM patchpilot.fence
-    WHERE fence.group_id = o.callback_of AND fence.task_id = o.task_id
+    WHERE fence.scope = coalesce(o.callback_of, o.headers ->> 'patchpilot_follows', o.message_id::text)
+      AND fence.task_id = o.task_id
       AND fence.attempt = (o.headers ->> 'retries') || '/' || coalesce(o.headers ->> 'replaced_task_nesting', '0')
-) f ON o.callback_of IS NOT NULL
+) f ON true
 WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
 ORDER BY o.sent_at, o.message_id
 
@@ -97,7 +100,7 @@ SELECT result_serializer FROM patchpilot.chord WHERE group_id = %(group_id)s
 
 -- name: repeated_starts
 -- Callbacks that started more than once because a worker died inside them: their effect may have happened twice.
-SELECT f.task_id, f.group_id, f.starts, c.callback_name
-FROM patchpilot.fence f LEFT JOIN patchpilot.chord c USING (group_id)
+SELECT f.task_id, f.scope AS group_id, f.starts, c.callback_name
+FROM patchpilot.fence f LEFT JOIN patchpilot.chord c ON c.group_id = f.scope
 WHERE f.starts > 1 AND f.started_at >= %(since)s
 ORDER BY f.started_at

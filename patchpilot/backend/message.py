@@ -1,0 +1,151 @@
+"""A task message, kept as exactly as is needed to publish it again, identical but for its delivery tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+from celery._state import get_current_worker_task
+from celery.app import amqp
+from kombu.serialization import dumps
+from kombu.utils import json
+from psycopg.types.json import Jsonb
+
+from patchpilot.backend.config import CALLBACK_OF, FOLLOWS, MESSAGE_ID
+
+# Options of Producer.publish that steer this publish and are not part of the message.
+_STEERING = frozenset({
+    "exchange", "routing_key", "serializer", "retry", "retry_policy", "declare", "headers", "timeout",
+    "confirm_timeout",
+})  # fmt: skip
+
+_COLUMNS = (
+    "message_id", "task_id", "task_name", "group_id", "callback_of", "exchange", "routing_key", "queue", "headers",
+    "properties", "body", "content_type", "content_encoding", "eta", "expires",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Message:
+    """One task message that is ready to be pushed."""
+
+    id: str
+    headers: dict[str, Any]
+    group_id: str | None
+    """The chord that waits for this message, or for the end of the chain that it starts."""
+    payload: bytes
+    content: tuple[str, str]
+    """Content type and encoding."""
+    options: dict[str, Any]
+    """How it is published."""
+
+    @property
+    def name(self) -> str:
+        return str(self.headers["task"])
+
+    @property
+    def callback_of(self) -> str | None:
+        """The chord whose callback this message is."""
+        return self.headers.get(CALLBACK_OF)
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.headers['id']}]"
+
+    def push(self, producer: Any) -> None:
+        """Give it to the broker."""
+        producer.publish(self.payload, content_type=self.content[0], content_encoding=self.content[1], **self.options)
+
+    def row(self) -> tuple[Any, ...]:
+        """As a row of the outbox, in the order of its columns."""
+        exchange, declared = self.options.get("exchange") or "", self.options.get("declare") or []
+        properties = {key: value for key, value in self.options.items() if key not in _STEERING}
+        return (
+            self.id,
+            self.headers["id"],
+            self.name,
+            self.group_id,
+            self.callback_of,
+            getattr(exchange, "name", exchange),
+            self.options.get("routing_key") or "",
+            getattr(declared[0], "name", None) if declared else None,
+            Jsonb(self.headers, dumps=json.dumps),
+            Jsonb(properties, dumps=json.dumps),
+            self.payload,
+            *self.content,
+            _moment(self.headers.get("eta")),
+            _moment(self.headers.get("expires")),
+        )
+
+
+def columns(messages: Sequence[Message]) -> dict[str, list[Any]]:
+    """The rows of ``messages``, column by column."""
+    rows = [message.row() for message in messages]
+    return {name: [row[number] for row in rows] for number, name in enumerate(_COLUMNS)}
+
+
+def prepare(body: Any, options: dict[str, Any], callback_of: str | None, message_id: str | None) -> Message:
+    """The message that ``Producer.publish(body, **options)`` would send.
+
+    :param callback_of: the chord whose callback it is.
+    :param message_id: its id, if it was prepared before.
+    :raises EncodeError: if the body cannot be serialised.
+    """
+    options = dict(options)
+    headers = options["headers"]
+    headers[MESSAGE_ID] = message_id = message_id or str(uuid4())
+    if callback_of is not None:
+        headers[CALLBACK_OF] = callback_of
+    elif (before := _before(headers["id"])) is not None:
+        headers[FOLLOWS] = before
+    content_type, encoding, payload = dumps(body, serializer=options.pop("serializer", None))
+    if _is_retried_by_celery():
+        options["retry"] = True  # once it is held back, or on record, nobody else would
+    return Message(
+        id=message_id,
+        headers=headers,
+        group_id=_chord_of(headers, body),
+        payload=payload.encode(encoding) if isinstance(payload, str) else payload,
+        content=(content_type, encoding),
+        options=options,
+    )
+
+
+def _is_retried_by_celery() -> bool:
+    """Since Celery 5.7 a worker that publishes what follows a task tries again by itself, around ``publish``."""
+    retrying = getattr(amqp, "_callback_publish_retry", None)
+    return retrying is not None and bool(retrying.get())
+
+
+def _before(task_id: str) -> str | None:
+    """The message of the task that runs here and now, if ``task_id`` is what follows it: in its chain, or linked to it.
+
+    Should that task run a second time, it will publish the same task id once more.
+    """
+    task = get_current_worker_task()
+    if task is None:
+        return None
+    request = task.request
+    following = [*(request.chain or ())[-1:], *(request.callbacks or ())]
+    if any((each.get("options") or {}).get("task_id") == task_id for each in following if isinstance(each, Mapping)):
+        before: str = getattr(request, MESSAGE_ID, None) or request.id
+        return before
+    return None
+
+
+def _chord_of(headers: Mapping[str, Any], body: Any) -> str | None:
+    """The chord that waits for this message, or for the end of the chain that it starts."""
+    embed = body[2]
+    if embed.get("chord") is not None:
+        group: str | None = headers.get("group")
+        return group
+    chain: Iterable[Any] = embed.get("chain") or []
+    # The rest of a chain travels in reverse: its last task comes first.
+    options = next(((each.get("options") or {}) for each in chain), {})
+    return options.get("group_id") if options.get("chord") is not None else None
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
