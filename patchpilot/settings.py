@@ -97,6 +97,13 @@ class Recovery(_Section):
     """How long a recovery may take to join one chord's results and publish its callback before another may."""
 
 
+class Purge(_Section):
+    """What `patchpilot db purge` leaves."""
+
+    retention: Duration = timedelta(days=7)
+    """How long chords and starts that are over stay on record. Longer than the broker's visibility timeout."""
+
+
 class Celery(_Section):
     """What recovery must know of the Celery application; its routing and serialisers are recorded with each chord."""
 
@@ -133,6 +140,7 @@ class Settings(BaseSettings):
     aws: Aws = Aws()
     runbook: Runbook = Runbook()
     recovery: Recovery = Recovery()
+    purge: Purge = Purge()
     celery: Celery = Celery()
     clusters: dict[str, Cluster] = Field(default_factory=dict)
 

@@ -1,19 +1,26 @@
-"""``patchpilot db``: the durable record's schema."""
+"""``patchpilot db``: the durable record's schema and its purge."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from patchpilot.cli.console import ConfigOption, Output, OutputOption, emit_json, read_settings, say
+from patchpilot.backend.purge import purge as remove
+from patchpilot.cli.console import ConfigOption, Output, OutputOption, duration, emit_json, read_settings, say
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.migrate import migrate as apply_migrations
 
-app = typer.Typer(no_args_is_help=True, help="The durable record in PostgreSQL: its schema.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The durable record in PostgreSQL: its schema, and the purge of what is over.",
+    rich_markup_mode=None,
+)
 
 
 @app.callback()
 def group() -> None:
-    """The durable record in PostgreSQL: its schema."""
+    """The durable record in PostgreSQL: its schema, and the purge of what is over."""
 
 
 @app.command()
@@ -32,3 +39,30 @@ def migrate(config: ConfigOption = None, output: OutputOption = Output.TEXT) -> 
         say(f"applied {name}")
     if not applied:
         say("the schema is up to date")
+
+
+@app.command()
+def purge(
+    config: ConfigOption = None,
+    retention: Annotated[
+        str | None,
+        typer.Option(
+            "--retention", metavar="DURATION", help="Keep what ended later than this: chords, starts [default: 7d]."
+        ),
+    ] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Remove what is over: results past their `result_expires`, and chords, starts and left-over messages of long ago.
+
+    In small batches, beside the traffic, as often as you like. What is open stays, however old it is. Keep the
+    retention longer than the broker's visibility timeout: until then an old message may come back, and the record of
+    its start is what keeps it from running twice. Celery beat does the same once a day, if it runs.
+    """
+    settings = read_settings(config)
+    keep = duration(retention, settings.purge.retention, "--retention")
+    with Database(settings.postgres_dsn()) as database:
+        removed = remove(database, keep)
+    if output is Output.JSON:
+        emit_json({"removed": removed})
+    else:
+        say("removed " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in removed.items()))

@@ -1,0 +1,217 @@
+"""The outbox: what is in PostgreSQL before it leaves, exactly enough to send it again."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from celery import chain, chord
+from kombu.exceptions import OperationalError
+
+from patchpilot.backend import outbox as outbox_module
+from patchpilot.lab.launch import free_port
+from patchpilot.lab.processes import until
+from patchpilot.recovery import Recovery, Site, Window
+from tests.conftest import forget_connections, shop_on
+from tests.support.processes import ROOT, Shop
+from tests.support.shop import add, app, note, total
+
+NOW = Window(min_age=timedelta(0))
+
+
+@pytest.fixture
+def broker(shop: Shop) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(shop.broker) as client:
+        yield client
+
+
+@pytest.fixture
+def recovery(shop: Shop) -> Iterator[Recovery]:
+    with Recovery(Site(shop.broker, shop.dsn, accept_content=("json", "pickle")), stale=timedelta(seconds=4)) as opened:
+        yield opened
+
+
+def fetch(shop: Shop, sql: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(shop.dsn) as connection:
+        return connection.execute(sql.encode()).fetchall()
+
+
+def raw(broker: redis.Redis, queue: str) -> dict[str, Any]:
+    """The one message in ``queue``, less its delivery tag, which has to be fresh each time."""
+    [message] = broker.lrange(queue, 0, -1)
+    content: dict[str, Any] = json.loads(message)
+    del content["properties"]["delivery_tag"]
+    return content
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"priority": 6},
+        {"serializer": "pickle"},
+        {"compression": "zlib"},
+        {"countdown": 3600, "expires": 7200},
+        {"headers": {"tenant": "blue"}, "queue": "elsewhere"},
+        {"task_id": "my-own-id", "ignore_result": True, "shadow": "other"},
+        {"link": note.s(), "link_error": note.si("gone")},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_a_lost_message_is_sent_again_as_it_was(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, options: dict[str, Any]
+) -> None:
+    assert app.backend  # nothing is seen before it is loaded, and what ignores its result does not load it
+    add.apply_async((1, 2), **options)
+    [queue] = [key.decode() for key in broker.keys("*") if broker.type(key) == b"list"]
+    before = raw(broker, queue)
+    broker.delete(queue)
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["message-lost"]
+    assert raw(broker, queue) == before
+    assert base64.b64decode(before["body"])
+
+
+def test_a_header_its_chord_and_its_members_are_one_transaction(shop: Shop) -> None:
+    chord([chain(add.s(i, 1), add.s(1)) if i % 3 else add.s(i, 1) for i in range(20)], total.s()).apply_async()
+    of_chord = fetch(shop, "SELECT DISTINCT xmin::text FROM patchpilot.chord")
+    assert len(of_chord) == 1
+    assert fetch(shop, "SELECT DISTINCT xmin::text FROM patchpilot.chord_part") == of_chord
+    assert fetch(shop, "SELECT DISTINCT xmin::text FROM patchpilot.outbox") == of_chord
+    assert fetch(shop, "SELECT count(*), count(group_id) FROM patchpilot.outbox") == [(20, 20)]
+
+
+def test_chords_in_a_header_are_part_of_its_transaction(shop: Shop, broker: redis.Redis) -> None:
+    chord([chord([add.s(i, 1), add.s(1, 1)], total.s()) for i in range(3)], total.s()).apply_async()
+    assert fetch(shop, "SELECT count(*), count(DISTINCT xmin::text) FROM patchpilot.chord") == [(4, 1)]
+    assert fetch(shop, "SELECT count(*), count(DISTINCT xmin::text) FROM patchpilot.outbox") == [(6, 1)]
+    assert broker.llen("celery") == 6
+    shop.worker()
+    shop.await_line("total 12")
+
+
+def test_a_header_that_is_too_long_for_one_turn_takes_several(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "AT_ONCE", 8)
+    result = chord([add.s(i, 0) for i in range(20)], total.s()).apply_async()
+    assert fetch(shop, "SELECT count(*), count(DISTINCT xmin::text) FROM patchpilot.outbox") == [(20, 3)]
+    shop.worker()
+    assert result.get(timeout=30) == 190
+
+
+def test_what_cannot_be_written_down_is_not_published(
+    shop: Shop, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL refuses connections: the caller hears of it, in Celery's own words, and nothing is in the broker."""
+    nowhere = f"postgresql://u:hunter2@127.0.0.1:{free_port()}/x"
+    monkeypatch.setitem(app.conf, "patchpilot_postgres_budget", 0.2)
+    with shop_on(shop.roster, shop.directory, shop.broker, nowhere, monkeypatch):
+        for canvas in (add.s(1, 1), chord([add.s(1, 1)], total.s())):
+            with pytest.raises(OperationalError, match="not published: PostgreSQL cannot be reached") as refused:
+                canvas.apply_async(retry=False)
+            assert "hunter2" not in str(refused.value)
+        assert broker.llen("celery") == 0
+        monkeypatch.setitem(app.conf, "patchpilot_journal_messages", "warn")
+        forget_connections(app)
+        app.conf.update(patchpilot_postgres=nowhere)
+        add.apply_async((1, 1))
+        assert broker.llen("celery") == 1
+
+
+def test_without_the_journal_only_callbacks_are_on_record(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(app.conf, "patchpilot_journal_messages", False)
+    add.apply_async((1, 1))
+    result = chord([add.s(1, 2), add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
+    assert fetch(shop, "SELECT task_name FROM patchpilot.outbox") == []
+    assert fetch(shop, "SELECT state::text FROM patchpilot.chord") == [("open",)]
+    shop.worker()
+    until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
+    assert fetch(shop, "SELECT task_name FROM patchpilot.outbox") == [(total.name,)]
+    broker.delete("callbacks")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["callback-message-lost"]
+    shop.worker("-Q", "callbacks", "-c", "1")
+    assert result.get(timeout=30) == 5
+
+
+@pytest.fixture
+def forbidden(broker: redis.Redis) -> Iterator[str]:
+    """A queue that the broker does not let anybody write to, until the test is over or says otherwise."""
+    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", "~*celery*", "~unacked*", "~_kombu*")
+    yield "forbidden"
+    broker.execute_command("ACL", "SETUSER", "default", "allkeys")
+
+
+def test_a_header_that_could_not_be_pushed_is_marked_and_withdrawn(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, forbidden: str
+) -> None:
+    """The caller hears of it, and may send the chord again: nobody may finish this one for them."""
+    header = [add.s(1, 1), add.s(2, 2).set(queue=forbidden), add.s(3, 3)]
+    with pytest.raises(Exception, match=r"(?i)no permission|NOPERM"):
+        chord(header, total.s()).apply_async()
+    assert broker.llen("celery") == 1
+    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(1,)]
+    [found] = recovery.survey(NOW)
+    assert (found.diagnosis, found.curable) == ("half-published", False)
+
+
+def test_what_follows_a_task_that_succeeded_is_left_to_recovery_if_it_cannot_be_pushed(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, forbidden: str
+) -> None:
+    """Celery would turn the success into a failure, and the rest of the chain would be gone."""
+    result = chain(add.s(1, 1), add.s(2).set(queue=forbidden), note.s(label="end")).apply_async()
+    worker = shop.worker("-c", "1")
+    until(lambda: "left to recovery" in worker.output(), seconds=30, what="the push had failed")
+    assert result.parent.parent.get(timeout=30) == 2
+    broker.execute_command("ACL", "SETUSER", "default", "allkeys")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["message-lost"]
+    shop.worker("-Q", forbidden, "-c", "1")
+    assert result.get(timeout=30) == 4
+    assert shop.ledger() == ["add 1 1", "add 2 2", "end 4"]
+
+
+PRODUCER = """
+import sys
+from celery import chord
+from tests.support.shop import add, note
+for number in range(1000):
+    chord([add.si(number, i) for i in range(1000)], note.si(number, label="end")).apply_async()
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_producer_killed_while_it_dispatches_leaves_whole_chords_or_none(shop: Shop, recovery: Recovery) -> None:
+    """kill -9 somewhere in the middle of dispatching chords of 1,000: each is on record with all its messages, or not
+    at all, and recovery finishes the one whose messages were not all pushed."""
+    for kill_after in ("INSERT", "LPUSH"):
+        producer = subprocess.Popen(
+            [sys.executable, "-c", PRODUCER], cwd=ROOT, env={**os.environ, **shop.environment}, stdout=subprocess.PIPE
+        )
+        assert producer.stdout is not None
+        producer.stdout.readline()
+        if kill_after == "LPUSH":
+            with redis.Redis.from_url(shop.broker) as broker:
+                mark = broker.llen("celery") // 1000 * 1000
+                until(lambda mark=mark: broker.llen("celery") - mark > 0, seconds=30, what="a push")  # type: ignore[misc]
+        producer.kill()
+        producer.communicate()
+    counts = fetch(shop, "SELECT count(*) FROM patchpilot.outbox GROUP BY group_id")
+    assert counts
+    assert set(counts) == {(1000,)}
+    with redis.Redis.from_url(shop.broker) as broker:
+        pushed = broker.llen("celery")
+        applied = recovery.recover(NOW)
+        assert broker.llen("celery") == 1000 * len(counts)
+        assert (pushed < 1000 * len(counts)) == bool(applied)
+    assert recovery.survey(NOW) == ()
+    assert -producer.returncode == signal.SIGKILL
