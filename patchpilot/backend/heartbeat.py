@@ -50,11 +50,15 @@ class Heartbeat:
         threading.Thread(target=self._beat, args=(name,), name="patchpilot-heartbeat", daemon=True).start()
 
     def _beat(self, name: str) -> None:
+        heard = True
         while not self._over.is_set() and os.getpid() == self._pid:
             try:
                 self._database.execute(SQL["seen"], {"instance": INSTANCE, "name": name})
+                heard = True
             except PatchpilotError as error:
-                logger.warning("No sign of life was left in PostgreSQL: %s", error)
+                if heard:  # once is enough
+                    logger.warning("No sign of life was left in PostgreSQL: %s", error)
+                heard = False
             SYSTEM.wait(self._over, EVERY.total_seconds())
 
     def _end(self, **_: Any) -> None:

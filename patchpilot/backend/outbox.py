@@ -79,7 +79,7 @@ def callback_of(group_id: str) -> Iterator[None]:
 class Outbox:
     """The outbox of one application in this process.
 
-    :param hold: whether a chord's header is held back until it can be written down as a whole.
+    :param shadow: only watch: what is published is written down, and nothing is held back for that.
     :param run: writes; by default a transaction of its own for each call.
     """
 
@@ -89,12 +89,12 @@ class Outbox:
         database: Database,
         journal: Journal = Journal.REQUIRED,
         *,
-        hold: bool = True,
+        shadow: bool = False,
         run: Callable[[Work], None] | None = None,
     ) -> None:
         self._app = app
         self._journal = journal
-        self._hold = hold
+        self._shadow = shadow
         self._run: Callable[[Work], None] = run or database.run
 
     def install(self) -> None:
@@ -126,10 +126,10 @@ class Outbox:
         dispatch = _current.get()
         if dispatch is not None:
             dispatch.openings.append(opening)
-        elif self._hold:
-            _announced.set(Dispatch([opening]))
-        else:
+        elif self._shadow:
             self._write(Dispatch([opening]))
+        else:
+            _announced.set(Dispatch([opening]))
 
     def publish(self, message: Message, producer: Any) -> None:
         """Publish a message, or hold it back until the dispatch that it belongs to is complete.
@@ -176,10 +176,10 @@ class Outbox:
 
     def abandon(self, dispatch: Dispatch, error: BaseException) -> None:
         """Publishing raised half-way. What was held back never leaves; its chords are on record as not published."""
-        opened, name = [*dispatch.opened], type(error).__name__
+        openings, opened, name = tuple(dispatch.openings), [*dispatch.opened], type(error).__name__
 
         def write(connection: Connection) -> None:
-            for opening in dispatch.openings:
+            for opening in openings:
                 opening.write(connection, publish_error=name)
             connection.execute(queries("chords")["publishing_failed"], {"group_ids": opened, "error": name})
 
@@ -193,15 +193,15 @@ class Outbox:
     # -- writing and pushing ------------------------------------------------------------------------------------
 
     def _work(self, dispatch: Dispatch, also: Work | None = None) -> Work:
-        rows = columns(self._journalled(dispatch.messages))
+        openings, rows = tuple(dispatch.openings), columns(self._journalled(dispatch.messages))
 
         def work(connection: Connection) -> None:
             if also is not None:
                 also(connection)
-            for opening in dispatch.openings:
+            for opening in openings:
                 opening.write(connection)
             if rows["message_id"]:
-                connection.execute(SQL["record"], rows)
+                connection.execute(SQL["record"], {**rows, "shadow": self._shadow})
 
         return work
 

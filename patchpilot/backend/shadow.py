@@ -23,6 +23,7 @@ from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.backend.chords import Chords
 from patchpilot.backend.config import MESSAGE_ID, Config, Journal
+from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.outbox import Outbox, Work, callback_of
 from patchpilot.backend.purge import purge
 from patchpilot.clock import SYSTEM, Backoff
@@ -98,9 +99,10 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
         self.database = Database(self.config.dsn, budget=0)
         self.recorder = Recorder(self.database)
         journal = Journal.OFF if self.config.journal is Journal.OFF else Journal.WARN
-        self.outbox = Outbox(self.app, self.database, journal, hold=False, run=self.recorder.put)
+        self.outbox = Outbox(self.app, self.database, journal, shadow=True, run=self.recorder.put)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.outbox.install()
+        Heartbeat(Database(self.config.dsn, budget=0)).install()
         signals.task_postrun.connect(_on_postrun, weak=False, dispatch_uid="patchpilot.shadow.postrun")
         for end in (signals.worker_process_shutdown, signals.worker_shutdown):
             end.connect(self._on_shutdown, weak=False, dispatch_uid=f"patchpilot.shadow.{id(self.app)}")

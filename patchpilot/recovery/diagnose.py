@@ -58,6 +58,7 @@ CHORDS: tuple[Rule[Header], ...] = (
         "shadow", lambda it: it.chord.shadow and it.chord.returned == it.chord.total, Remedy.NONE,
         "all {total} parts are in PostgreSQL and its callback is not out; in shadow mode it is only watched",
     ),
+    Rule("shadow-at-work", lambda it: it.chord.shadow, Remedy.NONE, "it is only watched", report=False),
     Rule(
         "unrecoverable", lambda it: it.chord.unrecoverable is not None and it.chord.returned == it.chord.total,
         Remedy.NONE, "all {total} parts are in PostgreSQL, but its callback could not be stored: {unrecoverable}",
@@ -103,6 +104,10 @@ MESSAGES: tuple[Rule[Message], ...] = (
     Rule(
         "in-good-hands", lambda it: it.where in (Where.QUEUED, Where.HELD), Remedy.NONE,
         "it is queued, or a worker has it", report=False,
+    ),
+    Rule(
+        "shadow", lambda it: it.shadow, Remedy.NONE,
+        "{task_name} is in no queue and with no worker; in shadow mode it is only watched",
     ),
     Rule(
         "unknown", lambda it: it.where is Where.UNKNOWN, Remedy.NONE,

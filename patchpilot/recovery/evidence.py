@@ -66,6 +66,8 @@ class Message:
     sent_at: datetime
     tag: str | None = None
     """Its delivery tag, if it is unacknowledged."""
+    shadow: bool = False
+    """It was only watched."""
 
 
 @dataclass(frozen=True)
@@ -215,5 +217,5 @@ def _chord(row: Row) -> Chord:
 
 
 def _message(row: Row, where: Where, tag: str | None) -> Message:
-    names = ("message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at")
+    names = ("message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at", "shadow")
     return Message(where=where, expired=bool(row["expired"]), tag=tag, **{name: row[name] for name in names})

@@ -8,13 +8,13 @@ from datetime import timedelta
 
 import psutil
 import redis
-from celery import chord
+from celery import chain, chord
 
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, hold, total
+from tests.support.shop import add, app, hold, note, total
 
 NOW = Window(min_age=timedelta(0))
 
@@ -118,3 +118,85 @@ def test_a_long_callback_keeps_its_lease(shop: Shop) -> None:
         finished = {"finished": True, "starts": 1}
         sql = "SELECT finished_at IS NOT NULL AS finished, starts FROM patchpilot.fence"
         until(lambda: database.fetch(sql) == [finished], seconds=10, what="its one start was over")
+
+
+def deliver_again(shop: Shop, task_id: str) -> None:
+    """Push the message of ``task_id`` once more, as a failover that undoes its pop would."""
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT * FROM patchpilot.outbox WHERE task_id = %s", [task_id])
+    with app.producer_pool.acquire(block=True) as producer:
+        producer.publish(
+            row["body"], exchange=row["exchange"], routing_key=row["routing_key"], headers=row["headers"],
+            content_type=row["content_type"], content_encoding=row["content_encoding"], **row["properties"],
+        )  # fmt: skip
+
+
+def test_a_task_that_runs_twice_does_not_make_what_follows_it_run_twice(shop: Shop) -> None:
+    """The first task of a chain is delivered twice, and runs twice; both runs publish the same next task."""
+    result = chain(add.s(1, 1), note.s(label="middle"), note.s(label="tail")).apply_async()
+    deliver_again(shop, result.parent.parent.id)
+    worker = shop.worker("-c", "1")
+    assert result.get(timeout=30) == 2
+    until(lambda: worker.output().count("is not run again") >= 1, seconds=30, what="the second one was dropped")
+    shop.stop()
+    assert sorted(shop.ledger()) == ["add 1 1", "add 1 1", "middle 2", "tail 2"]
+
+
+def test_a_frozen_chain_that_is_applied_again_runs_again(shop: Shop) -> None:
+    """It has the same task ids, and is no repetition."""
+    canvas = chain(add.s(1, 1).set(task_id="one"), note.s(label="tail").set(task_id="two"))
+    shop.worker("-c", "1")
+    canvas.apply_async()
+    shop.await_line("tail 2")
+    canvas.apply_async()
+    shop.await_line("tail 2", count=2)
+
+
+def test_a_link_that_is_published_twice_runs_once(shop: Shop) -> None:
+    result = add.apply_async((1, 1), link=note.s(label="linked").set(task_id="the-link"))
+    deliver_again(shop, result.id)
+    worker = shop.worker("-c", "1")
+    until(lambda: worker.output().count("is not run again") == 1, seconds=30, what="the second one was dropped")
+    shop.stop()
+    assert sorted(shop.ledger()) == ["add 1 1", "add 1 1", "linked 2"]
+
+
+def test_with_all_of_it_fenced_nothing_runs_twice(shop: Shop) -> None:
+    result = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async()
+    for part in result.parent.results:
+        deliver_again(shop, part.id)
+    worker = shop.worker("-c", "2", SHOP_FENCE="all")
+    assert result.get(timeout=30) == 6
+    until(lambda: worker.output().count("is not run again") == 2, seconds=30, what="the others were dropped")
+    shop.stop()
+    assert sorted(shop.ledger()) == ["add 1 1", "add 2 2", "total 6"]
+
+
+def test_without_the_fence_a_callback_runs_as_often_as_it_is_delivered(shop: Shop) -> None:
+    result = chord([add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
+    shop.worker(SHOP_FENCE="off")
+    with redis.Redis.from_url(shop.broker) as broker:
+        until(lambda: broker.llen("callbacks") == 1, seconds=20, what="the callback was queued")
+    deliver_again(shop, result.id)
+    shop.worker("-Q", "callbacks", "-c", "1", SHOP_FENCE="off")
+    shop.await_line("total 2", count=2)
+
+
+def test_deduplication_does_not_keep_a_redelivered_part_from_healing_its_chord(shop: Shop) -> None:
+    """A worker died after its part was on record and before it looked whether the chord was complete. Celery with
+    worker_deduplicate_successful_tasks skips the redelivered task, and nobody would dispatch the callback."""
+    result = chord([add.s(1, 1)], total.s()).apply_async()
+    [part] = result.parent.results
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT message_id::text FROM patchpilot.outbox")
+        app.backend.store_result(part.id, 2, "SUCCESS")
+        app.backend.chords.return_part(result.parent.id, part.id, "SUCCESS", 2)
+        database.execute(
+            "INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until, finished_at) "
+            "VALUES (%s, %s, '0/0', gen_random_uuid(), 'gone', now(), now())", [row["message_id"], part.id],
+        )  # fmt: skip
+        assert database.fetch("SELECT state::text FROM patchpilot.chord") == [{"state": "open"}]
+    worker = shop.worker(SHOP_DEDUPLICATE="1", SHOP_ACKS_LATE="1")
+    assert result.get(timeout=30) == 2
+    until(lambda: worker.output().count("is not run again") == 1, seconds=30, what="the part was not run again")
+    assert shop.ledger() == ["total 2"]

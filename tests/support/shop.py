@@ -29,6 +29,7 @@ app.conf.update(
     patchpilot_fence=os.environ.get("SHOP_FENCE", "callbacks"),
     patchpilot_mode=os.environ.get("SHOP_MODE", "durable"),
     worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
+    accept_content=os.environ.get("SHOP_ACCEPT", "json").split(","),
     broker_transport_options={"socket_timeout": 10, "health_check_interval": 5},
 )
 

@@ -65,6 +65,7 @@ def test_each_chord_that_is_stuck(
         ({"returned": 3, "messages": 0, "claimed": True, "claim_live": True}, []),
         ({"messages": 0, "age": timedelta(seconds=5)}, []),
         ({"messages": 1, "inner_chords": 1}, [Where.HELD]),
+        ({"messages": 0, "shadow": True}, []),
     ],
 )
 def test_each_chord_that_is_not(changes: dict[str, object], wheres: list[Where]) -> None:
@@ -89,6 +90,13 @@ def test_each_message_that_is_worth_telling(where: Where, expired: bool, diagnos
     assert callback.callback == "add"
 
 
+def test_a_message_that_is_only_watched_is_never_sent_again() -> None:
+    for where in Where:
+        for finding in diagnose(Evidence((), (message(where, shadow=True),))):
+            assert (finding.diagnosis, finding.remedy) == ("shadow", Remedy.NONE)
+    assert diagnose(Evidence((), (message(Where.NOWHERE, shadow=True),))) != ()
+
+
 def test_a_message_is_told_with_its_chord_or_by_itself_but_not_twice() -> None:
     lost = message(Where.NOWHERE, group_id="g")
     [finding] = diagnose(Evidence((chord(),), (lost,)))
@@ -101,7 +109,8 @@ chords = st.builds(
     Chord, group_id=st.just("g"), callback=st.just("c"), age=st.timedeltas(min_value=timedelta(0), max_value=HOUR),
     total=st.integers(1, 5), returned=st.integers(0, 5), ended=st.integers(0, 5), inner_chords=st.integers(0, 5),
     messages=st.integers(0, 5), claimed=st.booleans(), claim_live=st.booleans(),
-    publish_error=st.none() | st.just("Error"),
+    publish_error=st.none() | st.just("Error"), shadow=st.booleans(), unrecoverable=st.none() | st.just("why"),
+    counting=st.sampled_from(["postgres", "valkey"]),
 )  # fmt: skip
 messages = st.builds(
     Message, message_id=st.uuids().map(str), task_id=st.just("t"), task_name=st.just("n"),

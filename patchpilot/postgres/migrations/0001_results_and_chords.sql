@@ -89,7 +89,8 @@ CREATE TABLE patchpilot.outbox (
     expires          timestamptz,
     recorded_at      timestamptz NOT NULL DEFAULT now(),
     sent_at          timestamptz NOT NULL DEFAULT now(),  -- the last time it was given to the broker
-    resends          int NOT NULL DEFAULT 0
+    resends          int NOT NULL DEFAULT 0,
+    shadow           boolean NOT NULL DEFAULT false       -- watched only: never sent again
 );
 CREATE INDEX outbox_sent ON patchpilot.outbox (sent_at);
 CREATE INDEX outbox_group ON patchpilot.outbox (group_id) WHERE group_id IS NOT NULL;

@@ -40,7 +40,7 @@ WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 -- name: messages
 -- Every message whose task has not ended, as far as PostgreSQL knows.
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
-       o.sent_at, o.resends, o.expires < now() AS expired, now() - o.sent_at AS age,
+       o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
        r.task_id IS NOT NULL OR coalesce(f.finished, false) AS ended, coalesce(f.running, false) AS running
 FROM patchpilot.outbox o
 LEFT JOIN patchpilot.result r
