@@ -6,7 +6,7 @@ backend for connecting, key names and serialising, and replaces whatever a failo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +21,11 @@ from kombu.exceptions import EncodeError
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from redis.exceptions import ReadOnlyError, RedisError
 
-from patchpilot.backend.chords import Chords, Note, Waiting, waiting
+from patchpilot.backend.chords import Chords, Waiting, waiting
 from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
+from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
@@ -57,6 +58,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.database = database(self.config.dsn, self.config.postgres_budget)
         self.outbox = Outbox(self.app, self.database, self.config.journal)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
+        self.finisher = Finisher(self.app, self.database, self, self.outbox, self.config)
         self.counter = Counter(lambda: self.client, self.get_key_for_group, self.config.valkey_budget)
         self.fence = Fence(self.app, self.database, self.config.fence, self.config.fence_lease, self._on_repetition)
         self.outbox.install()
@@ -237,17 +239,27 @@ class Backend(RedisBackend):  # type: ignore[misc]
         member = f"{request.id}:{request.group_index}"
         return self.counter.add(request.group, member, int(self.chord_expires or 0))
 
-    def finish_chord(self, group_id: str, note: Note | None = None, spare: Any = None) -> bool:
-        """Dispatch the callback of a complete chord, once. For workers and for recovery alike.
+    def finish_chord(self, group_id: str, spare: Any = None) -> bool:
+        """Dispatch the callback of a chord, if it is complete and nobody else does.
 
-        :param note: what to write down in the transaction that marks the chord as finished.
         :param spare: the callback, should it not be on record.
         :returns: whether this call did it.
+        :raises Exception: what kept it from being finished; it is left to recovery then.
         """
-        claim = self.chords.finish(group_id, note, spare)
-        if claim is not None and claim.counting == Counting.VALKEY:
+        finished = self.finish_chords([group_id], spare=spare)
+        for error in finished.failed.values():
+            raise error
+        return bool(finished.done)
+
+    def finish_chords(self, group_ids: Sequence[str], note: Note | None = None, spare: Any = None) -> Finished:
+        """Dispatch the callbacks of complete chords, each once. For workers and for recovery alike.
+
+        :param note: what to write down in the transaction that marks the chords as finished.
+        """
+        finished = self.finisher.finish(group_ids, note, spare)
+        for group_id in finished.counted_in_valkey:
             self.counter.clear(group_id)
-        return claim is not None
+        return finished
 
     def _on_repetition(self, request: Any) -> None:
         """A task that has run is not run again. But its process may have died before it saw to its chord."""

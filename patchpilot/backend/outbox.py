@@ -11,7 +11,7 @@ first message leaves. A producer that dies on the way leaves a chord that recove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -93,6 +93,7 @@ class Outbox:
         run: Callable[[Work], None] | None = None,
     ) -> None:
         self._app = app
+        self._database = database
         self._journal = journal
         self._shadow = shadow
         self._run: Callable[[Work], None] = run or database.run
@@ -147,24 +148,37 @@ class Outbox:
             if len(dispatch.messages) >= AT_ONCE and not dispatch.whole:
                 self.send(dispatch, producer)
 
+    @staticmethod
     @contextmanager
-    def together(self, also: Work) -> Iterator[None]:
-        """Hold back everything that is published inside; then commit it together with ``also``, and push it.
-
-        Once it is committed nothing raises any more: what cannot be pushed is left to recovery.
-
-        :raises PatchpilotError: if it cannot be committed; or whatever ``also`` raises. Then nothing is pushed.
-        """
+    def collect() -> Iterator[Dispatch]:
+        """Hold back everything that is published inside: :meth:`deliver` it."""
         dispatch = Dispatch(whole=True)
         token = _current.set(dispatch)
         try:
-            yield
+            yield dispatch
         finally:
             _current.reset(token)
-        self._run(self._work(dispatch, also))
-        if dispatch.messages:
+
+    def deliver(self, dispatches: Mapping[str, Dispatch], claim: Callable[[Connection], Iterable[str]]) -> set[str]:
+        """Commit those dispatches that ``claim`` says are ours, all in one transaction with it, and push them.
+
+        Once they are committed nothing raises any more: what cannot be pushed is left to recovery.
+
+        :returns: which were ours.
+        :raises PatchpilotError: if nothing could be committed. Nothing is pushed then.
+        """
+
+        def work(connection: Connection) -> set[str]:
+            ours = set(claim(connection))
+            self._work(_merged(dispatches, ours))(connection)
+            return ours
+
+        ours = self._database.run(work)
+        whole = _merged(dispatches, ours)
+        if whole.messages:
             with self._app.producer_or_acquire() as producer:
-                self._push(dispatch, producer, leave=True)
+                self._push(whole, producer, leave=True)
+        return ours
 
     def send(self, dispatch: Dispatch, producer: Any) -> None:
         """Write a dispatch down and push it. It is empty afterwards, and may be filled again.
@@ -192,12 +206,10 @@ class Outbox:
 
     # -- writing and pushing ------------------------------------------------------------------------------------
 
-    def _work(self, dispatch: Dispatch, also: Work | None = None) -> Work:
+    def _work(self, dispatch: Dispatch) -> Work:
         openings, rows = tuple(dispatch.openings), columns(self._journalled(dispatch.messages))
 
         def work(connection: Connection) -> None:
-            if also is not None:
-                also(connection)
             for opening in openings:
                 opening.write(connection)
             if rows["message_id"]:
@@ -262,6 +274,14 @@ class Outbox:
 
     def _journalled(self, messages: Iterable[Message]) -> list[Message]:
         return [it for it in messages if self._journal is not Journal.OFF or it.callback_of]
+
+
+def _merged(dispatches: Mapping[str, Dispatch], ours: Collection[str]) -> Dispatch:
+    parts = [dispatch for name, dispatch in dispatches.items() if name in ours]
+    return Dispatch(
+        openings=[opening for part in parts for opening in part.openings],
+        messages=[message for part in parts for message in part.messages],
+    )
 
 
 class _Journalling:

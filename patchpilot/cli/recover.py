@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +25,10 @@ from patchpilot.cli.console import (
     the_broker,
 )
 from patchpilot.errors import PatchpilotError, Usage
-from patchpilot.recovery import Applied, Finding, Recovery, Site, Window
+from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
+from patchpilot.recovery.findings import KINDS, Kind
+from patchpilot.recovery.plan import digest
+from patchpilot.recovery.plan import read as read_plan
 from patchpilot.settings import Settings
 
 
@@ -55,6 +60,23 @@ def recover(
         str | None,
         typer.Option("--max-age", metavar="DURATION", help="Leave alone what made none for longer [default: 24h]."),
     ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", metavar="KINDS", help="Only these, with commas between: chords, callbacks, tasks."),
+    ] = None,
+    assume_lost: Annotated[
+        bool,
+        typer.Option(
+            "--assume-lost",
+            help="Take for lost what a worker may have that is alive and does not answer: it may run twice.",
+        ),
+    ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", metavar="FILE", help="Do exactly what this dry run's JSON says, as far as it is still so."
+        ),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Find what a failover lost (stuck chords, lost callbacks, lost task messages) and re-create exactly that, once.
@@ -62,18 +84,41 @@ def recover(
     Compares what PostgreSQL says should exist with what the broker and the workers hold. Age counts from the last
     progress: a part that returned, a message that was sent. Durations are written 0s, 5m, 24h. Safe beside workers
     and any number of other recoveries: what is found stuck is claimed in PostgreSQL before it is sent again.
+
+    To decide first and act later: `recover --dry-run --output json > plan.json`, read it, `recover --plan plan.json`.
+    What is in the plan is looked for again; what is no longer so is listed, and left alone.
     """
     settings = read_settings(config)
     window = _window(settings, min_age, max_age)
+    kinds = _kinds(only)
+    if dry_run and (plan or assume_lost):
+        raise Usage("--dry-run changes nothing: --plan and --assume-lost are for acting")
+    agreed = read_plan(plan) if plan else None
     with Recovery(site(settings, the_broker(settings, cluster)), complain=complain) as recovery:
         if dry_run:
-            findings, applied = recovery.survey(window), None
+            findings, sweep = recovery.survey(window, kinds), None
         else:
-            findings, applied = recovery.sweep(window)
+            sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=agreed)
+            findings = sweep.findings
     if output is Output.JSON:
-        emit_json(_as_data(findings, applied))
+        emit_json(_as_data(findings, sweep))
     else:
-        _show(findings, applied)
+        _show(findings, sweep)
+
+
+def _kinds(only: str | None) -> tuple[Kind, ...]:
+    """The kinds that `--only` asks for.
+
+    :raises Usage: for a word that is none.
+    """
+    if only is None:
+        return KINDS
+    names: dict[str, Kind] = {f"{kind}s": kind for kind in KINDS}
+    words = [word.strip() for word in only.split(",")]
+    for word in words:
+        if word not in names:
+            raise Usage(f"--only: {word!r} is none of {', '.join(names)}")
+    return tuple(names[word] for word in words)
 
 
 def _window(settings: Settings, min_age: str | None, max_age: str | None) -> Window:
@@ -88,17 +133,22 @@ def _window(settings: Settings, min_age: str | None, max_age: str | None) -> Win
     return window
 
 
-def _as_data(findings: tuple[Finding, ...], applied: tuple[Applied, ...] | None) -> dict[str, Any]:
-    data: dict[str, Any] = {"findings": [finding.as_dict() for finding in findings]}
-    if applied is not None:
-        data["applied"] = [each.as_dict() for each in applied]
+def _as_data(findings: tuple[Finding, ...], sweep: Sweep | None) -> dict[str, Any]:
+    rows = [finding.as_dict() for finding in findings]
+    data: dict[str, Any] = {"findings": rows, "digest": digest(rows)}
+    if sweep is not None:
+        data["applied"] = [each.as_dict() for each in sweep.applied]
+        data["changed"] = [asdict(each) for each in sweep.changes]
     return data
 
 
-def _show(findings: tuple[Finding, ...], applied: tuple[Applied, ...] | None) -> None:
+def _show(findings: tuple[Finding, ...], sweep: Sweep | None) -> None:
+    for change in sweep.changes if sweep else ():
+        say(f"not as planned: {change.kind} {change.id} was {change.planned}, now {change.now}")
     if not findings:
         say("nothing is stuck")
         return
+    applied = sweep.applied if sweep else None
     done: set[tuple[str, str, str]] = {(each.kind, each.id, each.diagnosis) for each in applied or ()}
     emit_table(
         ("KIND", "ID", "CALLBACK", "PARTS", "AGE", "DIAGNOSIS", "REMEDY"),

@@ -6,6 +6,6 @@ re-create exactly what is missing, once.
 
 from patchpilot.recovery.application import Site
 from patchpilot.recovery.findings import Applied, Finding, Remedy, Window
-from patchpilot.recovery.sweep import Recovery
+from patchpilot.recovery.sweep import Recovery, Sweep
 
-__all__ = ["Applied", "Finding", "Recovery", "Remedy", "Site", "Window"]
+__all__ = ["Applied", "Finding", "Recovery", "Remedy", "Site", "Sweep", "Window"]

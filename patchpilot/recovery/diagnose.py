@@ -22,6 +22,9 @@ PUBLISHING = timedelta(minutes=1)
 """A producer writes a chord down and then publishes its header, message by message. After this long without another
 message it is no longer at it."""
 
+FINISHING = timedelta(seconds=2)
+"""A worker returns the last part and then finishes the chord, some milliseconds later. What takes longer has died."""
+
 
 @dataclass(frozen=True)
 class Rule(Generic[T]):
@@ -66,6 +69,14 @@ CHORDS: tuple[Rule[Header], ...] = (
     Rule(
         "dispatch-interrupted", lambda it: it.chord.claimed, Remedy.DISPATCH_CALLBACK,
         "all {total} parts are in PostgreSQL, and the process that had claimed the callback died before it was out",
+    ),
+    Rule(
+        "being-finished", lambda it: it.chord.returned == it.chord.total and it.chord.age < FINISHING, Remedy.NONE,
+        "its last part has just returned, and the worker that returned it finishes the chord", report=False,
+    ),
+    Rule(
+        "error-path-lost", lambda it: it.chord.returned == it.chord.total and it.chord.failed > 0,
+        Remedy.DISPATCH_CALLBACK, "{failed} of {total} parts failed, and nobody got to tell: its errbacks are due",
     ),
     Rule(
         "part-return-lost", lambda it: it.chord.returned == it.chord.total and it.chord.counting == "valkey",
@@ -156,7 +167,7 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> Finding | None:
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
         lost=len(lost), unknown=len(header.unknown), missing=chord.total - header.accounted,
-        unrecoverable=chord.unrecoverable,
+        unrecoverable=chord.unrecoverable, failed=chord.failed,
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,

@@ -88,6 +88,8 @@ class Chord:
     claimed: bool
     claim_live: bool
     publish_error: str | None
+    failed: int = 0
+    """Of the parts that returned."""
     counting: str = "postgres"
     unrecoverable: str | None = None
     """Why its callback is not on record."""
@@ -120,9 +122,10 @@ class Collector:
         self._clock = clock
         self._stale = stale
 
-    def collect(self, window: Window) -> Evidence:
+    def collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
         """Look at everything in ``window``.
 
+        :param assume_lost: workers that are alive and do not answer hold nothing.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
@@ -130,10 +133,10 @@ class Collector:
         asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
         chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
         rows = self._database.fetch(SQL["messages"], span)
-        messages, answered, silent = self._locate(rows)
+        messages, answered, silent = self._locate(rows, assume_lost)
         return Evidence(chords, messages, answered, silent)
 
-    def _locate(self, rows: list[Row]) -> tuple[tuple[Message, ...], frozenset[str], frozenset[str]]:
+    def _locate(self, rows: list[Row], assume_lost: bool) -> tuple[tuple[Message, ...], frozenset[str], frozenset[str]]:
         if not rows:
             return (), frozenset(), frozenset()
         first = self._holdings(rows)
@@ -153,7 +156,7 @@ class Collector:
                 where = Where.HELD
             elif (key in first.unacked) != (key in second.unacked):
                 where = Where.HELD  # it moved between the two looks, so somebody is at it
-            elif silent:
+            elif silent and not assume_lost:
                 where = Where.UNKNOWN
             else:
                 where = Where.ABANDONED if tag else Where.NOWHERE
@@ -211,7 +214,7 @@ def _settled(row: Row) -> Where:
 def _chord(row: Row) -> Chord:
     names = (
         "group_id", "age", "total", "returned", "ended", "inner_chords", "messages", "claimed", "claim_live",
-        "publish_error", "counting", "unrecoverable", "shadow",
+        "publish_error", "failed", "counting", "unrecoverable", "shadow",
     )  # fmt: skip
     return Chord(callback=row["callback_name"], **{name: row[name] for name in names})
 

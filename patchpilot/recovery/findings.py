@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 Kind = Literal["chord", "callback", "task"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Remedy(StrEnum):

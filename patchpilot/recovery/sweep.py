@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
@@ -16,11 +17,24 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery.application import Site, application
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
-from patchpilot.recovery.findings import Applied, Finding, Window
+from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
+from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.valkey.broker import Broker
 
 SQL = queries("recovery")
+
+BATCH = 100
+"""How many findings are remedied with one round of statements."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass: what was found, what was done about it, and where the world had moved on from a plan."""
+
+    findings: tuple[Finding, ...]
+    applied: tuple[Applied, ...]
+    changes: tuple[Change, ...] = ()
 
 
 class Recovery:
@@ -63,12 +77,12 @@ class Recovery:
             app.backend.database.close()
             app.close()
 
-    def survey(self, window: Window) -> tuple[Finding, ...]:
+    def survey(self, window: Window, only: Collection[Kind] = KINDS) -> tuple[Finding, ...]:
         """What is stuck, and why. Changes nothing.
 
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
-        return diagnose(self._collect(window))
+        return _chosen(diagnose(self._collect(window)), only)
 
     def recover(self, window: Window, *, run_id: str | None = None) -> tuple[Applied, ...]:
         """Remedy what can be remedied, and return what this pass did; not what somebody else did first.
@@ -76,21 +90,39 @@ class Recovery:
         :param run_id: the run of the pilot that asks for it.
         :raises Transient: if PostgreSQL, the broker or the way to it failed. What was done stays done; call again.
         """
-        return self.sweep(window, run_id=run_id)[1]
+        return self.sweep(window, run_id=run_id).applied
 
-    def sweep(self, window: Window, *, run_id: str | None = None) -> tuple[tuple[Finding, ...], tuple[Applied, ...]]:
-        """As :meth:`recover`; returns everything that was found, and what was done."""
+    def sweep(
+        self,
+        window: Window,
+        *,
+        run_id: str | None = None,
+        only: Collection[Kind] = KINDS,
+        assume_lost: bool = False,
+        plan: Plan | None = None,
+    ) -> Sweep:
+        """As :meth:`recover`; returns everything that was found, and what was done.
+
+        :param only: leave other kinds of findings alone.
+        :param assume_lost: take for lost what a worker may have that is alive and does not answer.
+        :param plan: do only what is in it, as far as it is still so.
+        """
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.
         self._database.execute(SQL["distrust_counts"])
-        evidence = self._collect(window)
+        evidence = self._collect(window, assume_lost=assume_lost)
         messages = {message.message_id: message for message in evidence.messages}
         ended = [key for key, message in messages.items() if message.where is Where.ENDED]
         if ended:
             self._database.execute(SQL["close_ended"], {"message_ids": ended})
-        remedies = Remedies(self._database, self._app, run_id)
-        findings = diagnose(evidence)
-        done = [it for it in findings if it.curable and self._try(remedies, it, messages)]
-        return findings, tuple(Applied.of(finding, self._clock.now()) for finding in done)
+        findings = _chosen(diagnose(evidence), only)
+        agreed, changes = (findings, ()) if plan is None else compare(plan, findings)
+        remedies = Remedies(self._database, self._app, run_id, self._complain)
+        curable = [finding for finding in agreed if finding.curable]
+        done: list[Finding] = []
+        for start in range(0, len(curable), BATCH):
+            done += self._try(remedies, curable[start : start + BATCH], messages)
+        now = self._clock.now()
+        return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
 
     def applied(self, run_id: str) -> tuple[Applied, ...]:
         """Every remedy that was applied for the run ``run_id``, in order."""
@@ -107,18 +139,24 @@ class Recovery:
         """Callbacks of the last ``age`` that started more than once because a worker died inside them."""
         return self._database.fetch(SQL["repeated_starts"], {"since": self._clock.now() - age})
 
-    def _collect(self, window: Window) -> Evidence:
-        return Collector(self._database, self._broker, self._app("json"), self._clock, self._stale).collect(window)
+    def _collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
+        collector = Collector(self._database, self._broker, self._app("json"), self._clock, self._stale)
+        return collector.collect(window, assume_lost=assume_lost)
 
     def _app(self, serializer: str) -> Celery:
         if serializer not in self._apps:
             self._apps[serializer] = application(self._site, serializer)
         return self._apps[serializer]
 
-    def _try(self, remedies: Remedies, finding: Finding, messages: Mapping[str, Message]) -> bool:
+    def _try(self, remedies: Remedies, batch: Sequence[Finding], messages: Mapping[str, Message]) -> Iterable[Finding]:
         try:
-            return remedies.apply(finding, messages)
+            return remedies.apply(batch, messages)
         except (NeedsOperator, Transient) as error:
-            # One that cannot be remedied now must not keep the others from it.
-            self._complain(finding, error)
-            return False
+            # A batch that cannot be remedied now must not keep the others from it.
+            for finding in batch:
+                self._complain(finding, error)
+            return ()
+
+
+def _chosen(findings: Sequence[Finding], only: Collection[Kind]) -> tuple[Finding, ...]:
+    return tuple(finding for finding in findings if finding.kind in only)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -173,9 +174,9 @@ def test_a_claim_is_a_lease(
     result.parent.get(timeout=10)
     worker.stop()
     backend = app.backend
-    assert backend.chords._claim(result.parent.id) is not None
+    assert backend.finisher._claim([result.parent.id], str(uuid4()))
     assert recovery.survey(NOW) == ()
-    assert backend.chords.finish(result.parent.id) is None
+    assert backend.finish_chord(result.parent.id) is False
     until(lambda: recovery.survey(NOW) != (), seconds=10, what="the lease was over")
     assert only(recovery.recover(NOW)).diagnosis == "dispatch-interrupted"
     shop.worker()

@@ -37,6 +37,7 @@ def message(where: Where, **changes: object) -> Message:
         ("dispatch-interrupted", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "claimed": True}, []),
         ("part-return-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "counting": "valkey"}, []),
         ("dispatch-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0}, []),
+        ("error-path-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "failed": 1}, []),
         ("shadow", Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
         ("unrecoverable", Remedy.NONE, {"returned": 3, "messages": 0, "unrecoverable": "a lambda"}, []),
         ("part-return-interrupted", Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
@@ -66,6 +67,7 @@ def test_each_chord_that_is_stuck(
         ({"messages": 0, "age": timedelta(seconds=5)}, []),
         ({"messages": 1, "inner_chords": 1}, [Where.HELD]),
         ({"messages": 0, "shadow": True}, []),
+        ({"returned": 3, "messages": 0, "age": timedelta(seconds=1)}, []),
     ],
 )
 def test_each_chord_that_is_not(changes: dict[str, object], wheres: list[Where]) -> None:

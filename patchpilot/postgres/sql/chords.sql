@@ -52,12 +52,12 @@ FROM patchpilot.chord WHERE group_id = %(group_id)s
 -- name: publishing_failed
 UPDATE patchpilot.chord SET publish_error = %(error)s WHERE group_id = ANY(%(group_ids)s) AND state = 'open'
 
--- name: is_ready
--- Whether the chord is complete and free to be claimed. Asked after a part has been committed: of parts that return at
--- once, whoever commits last sees all of them, and no row is fought over.
-SELECT 1
+-- name: ready
+-- Which of these chords are complete and free to be claimed. Asked after a part has been committed: of parts that return
+-- at once, whoever commits last sees all of them, and no row is fought over.
+SELECT c.group_id
 FROM patchpilot.chord c
-WHERE c.group_id = %(group_id)s
+WHERE c.group_id = ANY(%(group_ids)s)
   AND (c.state = 'open' OR (c.state = 'claimed' AND c.claim_until < now()))
   AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
 
@@ -68,31 +68,33 @@ SET state = 'claimed', claim_token = %(token)s, claim_until = now() + %(lease)s,
 WHERE group_id IN (
     SELECT c.group_id
     FROM patchpilot.chord c
-    WHERE c.group_id = %(group_id)s
+    WHERE c.group_id = ANY(%(group_ids)s)
       AND (c.state = 'open' OR (c.state = 'claimed' AND (c.claim_until < now() OR c.claim_token = %(token)s)))
       AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
     FOR UPDATE SKIP LOCKED
 )
-RETURNING group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
-          result_serializer, structure, counting
+RETURNING group_id, callback, callback_type, callback_encoding, unrecoverable, routes, structure, counting
 
 -- name: join
-SELECT task_id, state, payload
+SELECT group_id, task_id, state, payload
 FROM patchpilot.chord_part
-WHERE group_id = %(group_id)s
-ORDER BY CASE WHEN %(ordered)s THEN position END, returned_at, position
+WHERE group_id = ANY(%(group_ids)s)
+ORDER BY group_id, CASE WHEN %(ordered)s THEN position END, returned_at, position
 
 -- name: finish
--- In the transaction that writes the callback's messages down: if the claim is somebody else's by now, neither counts.
--- A repetition after a commit whose answer was lost finds its own token.
-UPDATE patchpilot.chord
-SET state = %(state)s, finish_token = %(token)s, claim_token = NULL, claim_until = NULL, finished_at = now()
-WHERE group_id = %(group_id)s AND (claim_token = %(token)s OR finish_token = %(token)s)
+-- In the transaction that writes the callbacks' messages down: for a chord whose claim is somebody else's by now, no row
+-- returns. A repetition after a commit whose answer was lost finds its own token.
+UPDATE patchpilot.chord c
+SET state = ending.state::patchpilot.chord_state, finish_token = %(token)s, claim_token = NULL, claim_until = NULL,
+    finished_at = now()
+FROM unnest(%(group_ids)s::text[], %(states)s::text[]) AS ending (group_id, state)
+WHERE c.group_id = ending.group_id AND (c.claim_token = %(token)s OR c.finish_token = %(token)s)
+RETURNING c.group_id
 
 -- name: release
 UPDATE patchpilot.chord
 SET state = 'open', claim_token = NULL, claim_until = NULL
-WHERE group_id = %(group_id)s AND claim_token = %(token)s
+WHERE group_id = ANY(%(group_ids)s) AND claim_token = %(token)s
 
 -- name: shadow_over
 -- In shadow mode Celery's own backend dispatches: the chord is over when its callback's message is on record, or when

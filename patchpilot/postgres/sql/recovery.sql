@@ -7,10 +7,11 @@ WITH open_chord AS (
            c.counting, c.unrecoverable,
            coalesce(c.claim_until > now(), false) AS claim_live,
            greatest(c.created_at, part.last_return, message.last_sent) AS progress_at,
-           part.total, part.returned, part.ended, part.inner_chords, coalesce(message.count, 0) AS messages
+           part.total, part.returned, part.failed, part.ended, part.inner_chords, coalesce(message.count, 0) AS messages
     FROM patchpilot.chord c
     CROSS JOIN LATERAL (
-        SELECT count(*) AS total, count(p.state) AS returned, max(p.returned_at) AS last_return,
+        SELECT count(*) AS total, count(p.state) AS returned,
+               count(*) FILTER (WHERE p.state <> 'SUCCESS') AS failed, max(p.returned_at) AS last_return,
                count(*) FILTER (WHERE p.state IS NULL AND r.task_id IS NOT NULL) AS ended,
                count(*) FILTER (WHERE p.state IS NULL AND inner_chord.group_id IS NOT NULL) AS inner_chords
         FROM patchpilot.chord_part p
@@ -68,20 +69,21 @@ SELECT instance::text, name, seen_at > now() - %(stale)s AS alive FROM patchpilo
 
 -- name: ended_parts
 -- Parts that are still to come although their task has ended: the return was interrupted.
-SELECT p.task_id, r.meta
+SELECT p.group_id, p.task_id, r.meta
 FROM patchpilot.chord_part p
 JOIN patchpilot.chord c USING (group_id)
 JOIN patchpilot.result r
     ON r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= c.created_at
-WHERE p.group_id = %(group_id)s AND p.state IS NULL
+WHERE p.group_id = ANY(%(group_ids)s) AND p.state IS NULL
 
 -- name: take
 -- Compare and set: of several recoveries that saw the same loss, one gets the message.
-UPDATE patchpilot.outbox
-SET sent_at = now(), resends = resends + 1
-WHERE message_id = %(message_id)s AND resends = %(resends)s
-RETURNING message_id::text, task_id, task_name, exchange, routing_key, headers, properties, body, content_type,
-          content_encoding
+UPDATE patchpilot.outbox o
+SET sent_at = now(), resends = o.resends + 1
+FROM unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
+WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
+RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key, o.headers, o.properties, o.body,
+          o.content_type, o.content_encoding
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here.
@@ -89,14 +91,16 @@ DELETE FROM patchpilot.outbox WHERE message_id = ANY(%(message_ids)s::uuid[])
 
 -- name: record
 INSERT INTO patchpilot.remedy (run_id, kind, subject, diagnosis, remedy, callback, reason)
-VALUES (%(run_id)s, %(kind)s, %(id)s, %(diagnosis)s, %(remedy)s, %(callback)s, %(reason)s)
+SELECT %(run_id)s, remedy.* FROM unnest(
+    %(kind)s::text[], %(id)s::text[], %(diagnosis)s::text[], %(remedy)s::text[], %(callback)s::text[], %(reason)s::text[]
+) AS remedy
 
 -- name: applied
 SELECT applied_at, kind, subject, diagnosis, remedy, callback, reason
 FROM patchpilot.remedy WHERE run_id = %(run_id)s ORDER BY id
 
--- name: serializer
-SELECT result_serializer FROM patchpilot.chord WHERE group_id = %(group_id)s
+-- name: serializers
+SELECT group_id, result_serializer FROM patchpilot.chord WHERE group_id = ANY(%(group_ids)s)
 
 -- name: repeated_starts
 -- Callbacks that started more than once because a worker died inside them: their effect may have happened twice.
