@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import chord
@@ -104,7 +105,13 @@ def test_recover_says_what_it_would_do_and_does_it_once(shop: Shop) -> None:
     nothing = patchpilot("recover", "--config", path, "--output", "json")
     answer = json.loads(nothing.stdout)
     assert (answer["findings"], answer["applied"]) == ([], [])  # too young for the usual window
-    planned = json.loads(patchpilot(*recover, "--dry-run", "--output", "json").stdout)
+    planned: dict[str, Any] = {"findings": []}
+
+    def found() -> bool:
+        planned.update(json.loads(patchpilot(*recover, "--dry-run", "--output", "json").stdout))
+        return bool(planned["findings"])
+
+    until(found, seconds=60, what="the chord was found stuck")
     [finding] = planned["findings"]
     assert {key: finding[key] for key in ("kind", "id", "diagnosis", "remedy", "callback", "returned", "total")} == {
         "kind": "chord", "id": result.parent.id, "diagnosis": "part-return-lost", "remedy": "dispatch-callback",
@@ -163,6 +170,12 @@ def test_recover_killed_at_any_moment_strands_nothing(shop: Shop) -> None:
         with Database(shop.dsn) as database:
             return bool(database.fetch("SELECT 1 FROM patchpilot.chord WHERE state <> 'open'"))
 
+    def stuck() -> bool:
+        """Whether all of them have been stuck for long enough to be found."""
+        done = subprocess.run([*command, "--dry-run"], env=environment(), check=True, stdout=subprocess.PIPE)
+        return len(json.loads(done.stdout)["findings"]) == len(results)
+
+    until(stuck, seconds=60, what="every chord was found stuck")
     killed = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
     until(begun, seconds=30, what="recovery had claimed a chord")
     os.kill(killed.pid, signal.SIGKILL)
@@ -175,3 +188,47 @@ def test_recover_killed_at_any_moment_strands_nothing(shop: Shop) -> None:
     until(all_done, seconds=60, what="every callback had run")
     shop.stop()
     assert [shop.ledger().count(f"sum{i} {i + 1}") for i in range(12)] == [1] * 12
+
+
+@pytest.mark.parametrize("counting", ["valkey"], indirect=True)
+def test_a_dry_run_is_a_plan(shop: Shop) -> None:
+    """What it says is done, and nothing else; what is no longer so is listed and left alone."""
+    import redis
+
+    path = config(shop.directory, shop.dsn, shop.broker)
+    recover = ["recover", "--min-age", "0s", "--config", path, "--output", "json"]
+    lost = [add.s(i, 0).apply_async(queue="nobody") for i in range(3)]
+    with redis.Redis.from_url(shop.broker) as broker:
+        broker.delete("nobody")
+        planned = patchpilot(*recover, "--dry-run").stdout
+        file = shop.directory / "plan.json"
+        file.write_text(planned)
+        assert {it["id"] for it in json.loads(planned)["findings"]} == {result.id for result in lost}
+        # The world moves on: one more is lost, and one of the plan's is sent again by somebody else.
+        add.s(9, 0).apply_async(queue="nobody")
+        broker.delete("nobody")
+        from patchpilot.postgres.connection import Database
+
+        with Database(shop.dsn) as database:
+            database.execute("DELETE FROM patchpilot.outbox WHERE task_id = %s", [lost[0].id])
+        answer = json.loads(patchpilot(*recover, "--plan", file).stdout)
+        assert {it["id"] for it in answer["applied"]} == {lost[1].id, lost[2].id}
+        assert [(it["id"], it["now"]) for it in answer["changed"]] == [(lost[0].id, "gone")]
+        assert broker.llen("nobody") == 2
+        again = json.loads(patchpilot(*recover, "--plan", file).stdout)
+        assert (again["applied"], len(again["changed"])) == ([], 3)
+        text = patchpilot("recover", "--min-age", "0s", "--config", path, "--plan", file)
+        assert "not as planned" in text.stderr
+        for wrong, words in (
+            (planned.replace("republish", "none"), "not as it was printed"),
+            ("{}", "is no plan"),
+            ("nonsense", "is no plan"),
+        ):
+            file.write_text(wrong)
+            done = patchpilot(*recover, "--plan", file)
+            assert (done.returncode, len(done.stderr.strip().splitlines())) == (Exit.USAGE, 1), done.stderr
+            assert words in done.stderr
+        assert patchpilot(*recover, "--plan", "nowhere.json").returncode == Exit.USAGE
+        assert json.loads(patchpilot(*recover, "--only", "chords,callbacks").stdout)["findings"] == []
+        assert patchpilot(*recover, "--only", "chord").returncode == Exit.USAGE
+        assert len(json.loads(patchpilot(*recover, "--only", "tasks").stdout)["applied"]) == 1

@@ -53,6 +53,11 @@ def await_parts(shop: Shop) -> None:
         until(lambda: database.fetch(missing) == [], seconds=20, what="every part had returned")
 
 
+def await_stuck(recovery: Recovery, count: int = 1) -> None:
+    """Wait until so many are found stuck: what has just happened is given a moment to go on by itself."""
+    until(lambda: len(recovery.survey(NOW)) >= count, seconds=30, what=f"{count} were found stuck")
+
+
 def only(findings: tuple[Finding, ...] | tuple[Applied, ...]) -> Finding | Applied:
     [finding] = findings
     return finding
@@ -85,6 +90,8 @@ def test_a_lost_part_return(shop: Shop, recovery: Recovery, broker: redis.Redis)
     broker.delete(key)
     gate.touch()
     until(lambda: broker.scard(key) == 1, seconds=10, what="the second part was counted")
+    assert recovery.survey(NOW) == ()
+    await_stuck(recovery)
     found = only(recovery.survey(NOW))
     assert (found.kind, found.id, found.diagnosis) == ("chord", result.parent.id, "part-return-lost")
     assert (found.callback, found.returned, found.total) == (total.name, 2, 2)
@@ -162,6 +169,19 @@ def test_a_worker_that_lives_but_does_not_answer_keeps_what_it_may_have(shop: Sh
     assert shop.ledger() == ["hold began", "hold ended"]
 
 
+def test_what_is_assumed_to_be_lost_is_sent_again(shop: Shop, recovery: Recovery) -> None:
+    """As above, but a person says that the silent worker is gone."""
+    gate = shop.directory / "gate"
+    result = hold.s(3, str(gate)).apply_async()
+    shop.worker("--pool", "solo")
+    shop.await_line("hold began")
+    assert recovery.recover(NOW) == ()
+    assert only(recovery.sweep(NOW, assume_lost=True).applied).diagnosis == "message-lost"
+    gate.touch()
+    shop.await_line("hold ended", count=2)
+    assert result.get(timeout=20) == 3
+
+
 @counts_in_valkey
 def test_a_claim_is_a_lease(
     shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
@@ -194,6 +214,7 @@ def test_many_recoveries_and_the_worker_itself_dispatch_once(shop: Shop, broker:
         result.parent.get(timeout=10)
     recoveries = [Recovery(Site(shop.broker, shop.dsn)) for _ in range(4)]
     start = threading.Barrier(len(recoveries))
+    await_stuck(recoveries[0], len(results))
     applied: list[tuple[Applied, ...]] = []
 
     def go(recovery: Recovery) -> None:
@@ -249,6 +270,7 @@ def test_callbacks_that_are_canvases_themselves(
     broker.delete(f"celery-taskset-meta-{group_id}.s")
     shop.worker()
     await_parts(shop)
+    await_stuck(recovery)
     assert only(recovery.recover(NOW)).diagnosis == "part-return-lost"
     shop.await_line(line)
     assert shop.ledger().count(line) == 1
@@ -271,6 +293,7 @@ def test_one_that_cannot_be_recovered_does_not_keep_the_others_from_it(shop: Sho
     with Recovery(
         Site(shop.broker, shop.dsn), complain=lambda it, error: complaints.append(f"{it.id}: {error}")
     ) as opened:
+        await_stuck(opened, len(stuck))
         assert sorted(each.id for each in opened.recover(NOW)) == sorted(result.parent.id for result in stuck[1:])
         assert len(complaints) == 1
         assert "celery.accept_content" in complaints[0]
@@ -328,5 +351,6 @@ def test_recovery_routes_as_the_application_does(
     monkeypatch.setenv("SHOP_LEDGER", str(shop.ledger_file))
     shop.worker()
     await_parts(shop)
+    await_stuck(recovery)
     assert only(recovery.recover(NOW)).diagnosis == "part-return-lost"
     assert broker.llen("reports\x06\x166") == 1
