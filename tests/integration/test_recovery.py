@@ -176,7 +176,7 @@ def test_what_is_assumed_to_be_lost_is_sent_again(shop: Shop, recovery: Recovery
     shop.worker("--pool", "solo")
     shop.await_line("hold began")
     assert recovery.recover(NOW) == ()
-    assert only(recovery.sweep(NOW, assume_lost=True).applied).diagnosis == "message-lost"
+    assert only(recovery.sweep(NOW, assume_lost=True).applied).diagnosis == "abandoned"
     gate.touch()
     shop.await_line("hold ended", count=2)
     assert result.get(timeout=20) == 3
