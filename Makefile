@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean help
+.PHONY: demo test test-slow celery-suite lint format clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -24,6 +24,9 @@ test: $(STAMP)   ## the whole suite on real servers, in random order, under 8 mi
 
 test-slow: $(STAMP)  ## the longer proofs
 	$(BIN)/python -m pytest -m slow
+
+celery-suite: $(STAMP)  ## Celery's own integration tests on stock Redis and on ours, by name; half an hour. ARGS=--help
+	$(BIN)/python -m tests.celery_suite $(ARGS)
 
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check patchpilot tests

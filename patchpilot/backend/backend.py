@@ -27,11 +27,12 @@ from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
+from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
 from patchpilot.backend.waiting import ResultConsumer
 from patchpilot.errors import PatchpilotError
-from patchpilot.postgres.connection import database
+from patchpilot.postgres.connection import Row, database
 from patchpilot.postgres.queries import queries
 
 logger = get_logger(__name__)
@@ -192,9 +193,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def apply_chord(self, header_result_args: Any, body: Signature, **_: Any) -> None:
         group_id, results = header_result_args[:2]
-        self.chords.open(group_id, list(results), body)
+        self.chords.open(group_id, results, body)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        self.chords.generated(group_id, chord_size)
         if self.config.counting is Counting.VALKEY:
             super().set_chord_size(group_id, chord_size)
 
@@ -231,8 +233,12 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """Record the part, unless that was done together with the task's result."""
         if getattr(request, "patchpilot_ended", False):
             part: Waiting | None = request.patchpilot_part
-            return part
-        return self.chords.return_part(request.group, request.id, state, result)
+        else:
+            part = self.chords.return_part(request.group, request.id, state, result)
+        if part is not None and part.live and part.unforeseen:
+            this = Part(request.group, request.id, request.group_index or 0)
+            part = self.chords.return_unforeseen(this, state, result)
+        return part
 
     def _counted(self, request: Any) -> bool:
         """Count this part in Valkey. True if that may have completed the chord."""
@@ -260,6 +266,15 @@ class Backend(RedisBackend):  # type: ignore[misc]
         for group_id in finished.counted_in_valkey:
             self.counter.clear(group_id)
         return finished
+
+    def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None:
+        """Leave what the parts of a failed chord returned where Celery's Redis backend would have left it."""
+        try:
+            encoded = [self.encode([1, it["task_id"], it["state"], self.decode(it["payload"])]) for it in parts]
+        except Exception as error:  # noqa: BLE001 - what cannot be decoded must not keep the chord from failing
+            logger.info("The parts of chord %s are in PostgreSQL only: %r", group_id, error)
+        else:
+            self.counter.leave(group_id, encoded, int(self.chord_expires or 0), ordered=self._chord_zset)
 
     def _on_repetition(self, request: Any) -> None:
         """A task that has run is not run again. But its process may have died before it saw to its chord."""

@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from uuid import uuid4
 
 from celery import Celery
+from celery._state import get_current_worker_task
 from celery.canvas import Signature
 from celery.result import GroupResult
+from celery.utils.functional import _regen
 from celery.utils.log import get_logger
 from kombu.exceptions import EncodeError
 from kombu.utils.encoding import ensure_bytes
+from kombu.utils.functional import LRUCache
 from psycopg.types.json import Jsonb
 
 from patchpilot.backend.config import Config
 from patchpilot.backend.finishing import ResultCodec
+from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.routes import routes
 from patchpilot.backend.storing import Stored, serializer_of, store
@@ -41,6 +46,8 @@ class Waiting:
     """It still waits for its callback."""
     counted_here: bool
     """PostgreSQL is to be asked whether it is complete: it counts, or the count in Valkey may have lost parts."""
+    unforeseen: bool
+    """This part is not on record yet: a generator produces the header, and no message told of it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Opening:
 
     row: dict[str, Any]
     task_ids: tuple[str, ...]
+    """Of its header; none while a generator is still to produce it."""
 
     @property
     def group_id(self) -> str:
@@ -58,6 +66,7 @@ class Opening:
         """Write it and its members down, unless the same chord is on record already."""
         if connection.execute(SQL["open"], {**self.row, "publish_error": publish_error}).fetchone():
             connection.execute(SQL["clear_parts"], self.row)
+            connection.execute(SQL["clear_starts"], self.row)
             connection.execute(SQL["add_parts"], {"group_id": self.group_id, "task_ids": list(self.task_ids)})
 
 
@@ -70,18 +79,25 @@ class Chords:
         self._codec = codec
         self._outbox = outbox
         self._config = config
+        outbox.foresee = self.foresee
         self._warned: set[str] = set()
+        # The chords whose header a generator produced in this process, as far as anybody may still ask.
+        self._generated: Any = LRUCache(limit=10_000)
 
     def open(self, group_id: str, header: Sequence[Any], callback: Signature, *, shadow: bool = False) -> None:
         """Record a chord: which tasks belong to it, what it calls, and how that is published.
 
-        :param header: the frozen results of the header's tasks.
+        :param header: the frozen results of the header's tasks. Those of a generator are not asked for: it may wait for
+            what its first tasks do. Its parts are recorded with its messages, or when they return.
         :raises EncodeError: if the callback cannot be stored unchanged, and the configuration is strict.
         """
         of_tasks = routes(self._app, callback)
         stored = store(callback, serializer_of(of_tasks, callback, self._app.conf.task_serializer))
         self._check(callback.name, group_id, stored)
-        nested = any(isinstance(result, GroupResult) for result in header)
+        generating = isinstance(header, _regen)
+        if generating:
+            self._generated[group_id] = True
+        known = () if generating else tuple(header)
         row = {
             "group_id": group_id,
             "callback_id": callback.options.get("task_id") or group_id,
@@ -92,11 +108,23 @@ class Chords:
             "unrecoverable": stored.flaw if stored.payload is None else None,
             "routes": Jsonb(of_tasks),
             "result_serializer": self._codec.serializer,
-            "structure": Jsonb([_shape(result) for result in header]) if nested else None,
+            "structure": _structure(known),
+            "opener": _opener(),
+            "generating": generating,
             "counting": str(self._config.counting),
             "shadow": shadow,
         }
-        self._outbox.open(Opening(row, tuple(task_id for result in header for task_id in _leaves(result))))
+        self._outbox.open(Opening(row, _task_ids(known)), at_once=not generating)
+
+    def foresee(self, connection: Connection, part: Part) -> None:
+        """A message of a header that a generator produces is written down: so is the part that it will bring."""
+        if part.group_id in self._generated and connection.execute(SQL["lock"], part._asdict()).fetchone():
+            connection.execute(SQL["foresee"], part._asdict())
+
+    def generated(self, group_id: str, size: int) -> None:
+        """The generator of a header is at its end, after ``size`` tasks. The last one is still to be published."""
+        if group_id in self._generated:
+            self._database.execute(SQL["generated"], {"group_id": group_id, "size": size})
 
     def _check(self, name: str, group_id: str, stored: Stored) -> None:
         """Say at once what recovery would find out too late."""
@@ -119,8 +147,9 @@ class Chords:
         """What :meth:`grow` writes."""
 
         def write(connection: Connection) -> None:
-            if connection.execute(SQL["lock"], {"group_id": group_id}).fetchone():
-                connection.execute(SQL["grow"], {"group_id": group_id, "task_id": task_id})
+            row = {"group_id": group_id, "task_id": task_id}
+            if connection.execute(SQL["lock"], row).fetchone() and connection.execute(SQL["grow"], row).rowcount:
+                connection.execute(SQL["grown"], row)
 
         return write
 
@@ -135,10 +164,35 @@ class Chords:
         )
         return waiting(rows)
 
+    def return_unforeseen(self, part: Part, state: str, result: Any) -> Waiting | None:
+        """As :meth:`return_part`, of a part that is not on record yet."""
+
+        def write(connection: Connection) -> None:
+            if connection.execute(SQL["lock"], part._asdict()).fetchone():
+                connection.execute(SQL["foresee"], part._asdict())
+
+        self._database.run(write)
+        return self.return_part(part.group_id, part.task_id, state, result)
+
 
 def waiting(rows: Sequence[Row]) -> Waiting | None:
     """What a statement that returned a part says of its chord."""
-    return Waiting(rows[0]["live"], rows[0]["counted_here"]) if rows else None
+    return Waiting(rows[0]["live"], rows[0]["counted_here"], rows[0]["unforeseen"]) if rows else None
+
+
+def _opener() -> str:
+    """Who sends a chord: the task that runs here, which if it is delivered twice sends it twice; else this one call."""
+    task = get_current_worker_task()
+    return str(task.request.id if task is not None else uuid4())
+
+
+def _task_ids(header: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(task_id for result in header for task_id in _leaves(result))
+
+
+def _structure(header: Sequence[Any]) -> Jsonb | None:
+    nested = any(isinstance(result, GroupResult) for result in header)
+    return Jsonb([_shape(result) for result in header]) if nested else None
 
 
 def _leaves(result: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ counted twice counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from celery.utils.log import get_logger
@@ -31,8 +31,11 @@ return {redis.call('SCARD', KEYS[1]), redis.call('GET', KEYS[2]), redis.call('GE
 """
 
 SUFFIXES = (".d", ".s", ".t")
-CELERY_SUFFIXES = (*SUFFIXES, ".j", ".c", "")
-"""Every key that Celery's own backends, or we, may have made for a chord."""
+CELERY_SUFFIXES = (*SUFFIXES, ".c", "")
+"""Every key that Celery's own backends, or we, may have made for a chord while it was under way."""
+
+PARTS = ".j"
+"""What the parts of a failed chord returned, for people: Celery's Redis backend leaves it behind too."""
 
 FAILING_OVER = (RedisConnectionError, RedisTimeoutError, ReadOnlyError)
 """What a failover looks like from a client: a lost connection, silence, or a primary that no longer is one."""
@@ -78,6 +81,26 @@ class Counter:
             self._client().delete(*keys)
         except RedisError as error:
             logger.info("Keys of chord %s are left to expire: %r", group_id, error)
+
+    def leave(self, group_id: str, parts: Sequence[Any], expires: int, *, ordered: bool) -> None:
+        """Leave what the parts of a failed chord returned. Best effort.
+
+        :param parts: as Celery's Redis backend encodes them.
+        :param expires: the key's time to live in seconds; 0 for none.
+        """
+        key = self._key(group_id, PARTS)
+        try:
+            with self._client().pipeline() as pipe:
+                pipe.delete(key)
+                if ordered:
+                    pipe.zadd(key, {part: place for place, part in enumerate(parts)})
+                else:
+                    pipe.rpush(key, *parts)
+                if expires > 0:
+                    pipe.expire(key, expires)
+                pipe.execute()
+        except RedisError as error:
+            logger.info("The parts of chord %s are in PostgreSQL only: %r", group_id, error)
 
     def _persistently(self, call: Callable[[Any], T]) -> T:
         backoff = Backoff(SYSTEM, self._budget)

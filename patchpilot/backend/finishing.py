@@ -47,6 +47,7 @@ class ResultCodec(Protocol):
     def encode_result(self, result: Any, state: str) -> Any: ...
     def exception_to_python(self, exc: Any) -> Any: ...
     def chord_error_from_stack(self, callback: Signature, exc: Exception) -> Any: ...
+    def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,13 @@ class Finisher:
                     callback.delay(self._results(row, parts))
                 return Ending("dispatched", dispatch)
             except ChordError as error:
-                return self._failure(row["group_id"], callback, error)
+                return self._failure(row["group_id"], parts, callback, error)
             except EncodeError as error:
-                return self._failure(row["group_id"], callback, ChordError(f"Callback error: {error!r}"))
+                return self._failure(row["group_id"], parts, callback, ChordError(f"Callback error: {error!r}"))
 
-    def _failure(self, group_id: str, callback: Signature, error: ChordError) -> Ending:
+    def _failure(self, group_id: str, parts: Sequence[Row], callback: Signature, error: ChordError) -> Ending:
         logger.error("Chord %s failed: %s", group_id, error)
+        self._codec.leave_parts(group_id, parts)
         with self._outbox.collect() as dispatch:
             self._codec.chord_error_from_stack(callback, error)
         return Ending("failed", dispatch)

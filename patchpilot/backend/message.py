@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from celery._state import get_current_worker_task
@@ -28,6 +28,15 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+class Part(NamedTuple):
+    """One part of a chord's header."""
+
+    group_id: str
+    task_id: str
+    position: int
+    """Its place in the header, as Celery numbers it."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One task message that is ready to be pushed."""
@@ -36,6 +45,8 @@ class Message:
     headers: dict[str, Any]
     group_id: str | None
     """The chord that waits for this message, or for the end of the chain that it starts."""
+    part: Part | None
+    """The part of that chord which it will bring, if one plain task does."""
     payload: bytes
     content: tuple[str, str]
     """Content type and encoding."""
@@ -107,6 +118,7 @@ def prepare(body: Any, options: dict[str, Any], callback_of: str | None, message
         id=message_id,
         headers=headers,
         group_id=_chord_of(headers, body),
+        part=_part_of(headers, body),
         payload=payload.encode(encoding) if isinstance(payload, str) else payload,
         content=(content_type, encoding),
         options=options,
@@ -141,10 +153,28 @@ def _chord_of(headers: Mapping[str, Any], body: Any) -> str | None:
     if embed.get("chord") is not None:
         group: str | None = headers.get("group")
         return group
-    chain: Iterable[Any] = embed.get("chain") or []
-    # The rest of a chain travels in reverse: its last task comes first.
-    options = next(((each.get("options") or {}) for each in chain), {})
+    options = _last(embed).get("options") or {}
     return options.get("group_id") if options.get("chord") is not None else None
+
+
+def _part_of(headers: Mapping[str, Any], body: Any) -> Part | None:
+    group_id = _chord_of(headers, body)
+    if group_id is None:
+        return None
+    if body[2].get("chord") is not None:
+        return Part(group_id, headers["id"], headers.get("group_index") or 0)
+    last = _last(body[2])
+    options = last["options"]
+    if last.get("subtask_type") or not options.get("task_id"):
+        return None
+    return Part(group_id, options["task_id"], options.get("group_index") or 0)
+
+
+def _last(embed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The last task of the chain that a message starts; it travels in reverse."""
+    chain = embed.get("chain") or [{}]
+    last: Mapping[str, Any] = chain[0]
+    return last
 
 
 def _moment(text: str | None) -> datetime | None:

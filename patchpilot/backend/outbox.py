@@ -11,6 +11,7 @@ first message leaves. A producer that dies on the way leaves a chord that recove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar, Token
@@ -24,7 +25,7 @@ from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 
 from patchpilot.backend.config import Journal
-from patchpilot.backend.message import Message, columns, prepare
+from patchpilot.backend.message import Message, Part, columns, prepare
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
@@ -57,8 +58,8 @@ class Dispatch:
     messages: list[Message] = field(default_factory=list)
     opened: list[str] = field(default_factory=list)
     """Group ids of the chords that are on record already."""
-    whole: bool = False
-    """Whether all of it has to be in one transaction, however much it is."""
+    at_once: float = 1
+    """How many messages are held before they are sent."""
 
 
 _current: ContextVar[Dispatch | None] = ContextVar("patchpilot_current", default=None)
@@ -96,6 +97,8 @@ class Outbox:
         self._database = database
         self._journal = journal
         self._shadow = shadow
+        self.foresee: Callable[[Connection, Part], None] = lambda _connection, _part: None
+        """Told of each part of a chord that a message will bring, in the transaction that writes the message down."""
         self._run: Callable[[Work], None] = run or database.run
 
     def install(self) -> None:
@@ -119,9 +122,10 @@ class Outbox:
 
     # -- what happens to a dispatch -----------------------------------------------------------------------------
 
-    def open(self, opening: Opening) -> None:
+    def open(self, opening: Opening, *, at_once: bool = True) -> None:
         """A chord is about to be published: its header's messages follow on this thread.
 
+        :param at_once: hold them until all are there. Those of a generator are sent as they come.
         :raises OperationalError: if it has to be written down at once, and cannot be.
         """
         dispatch = _current.get()
@@ -130,7 +134,7 @@ class Outbox:
         elif self._shadow:
             self._write(Dispatch([opening]))
         else:
-            _announced.set(Dispatch([opening]))
+            _announced.set(Dispatch([opening], at_once=AT_ONCE if at_once else 1))
 
     def publish(self, message: Message, producer: Any) -> None:
         """Publish a message, or hold it back until the dispatch that it belongs to is complete.
@@ -145,14 +149,14 @@ class Outbox:
             self.send(dispatch, producer)
         else:
             dispatch.messages.append(message)
-            if len(dispatch.messages) >= AT_ONCE and not dispatch.whole:
+            if len(dispatch.messages) >= dispatch.at_once:
                 self.send(dispatch, producer)
 
     @staticmethod
     @contextmanager
     def collect() -> Iterator[Dispatch]:
         """Hold back everything that is published inside: :meth:`deliver` it."""
-        dispatch = Dispatch(whole=True)
+        dispatch = Dispatch(at_once=math.inf)
         token = _current.set(dispatch)
         try:
             yield dispatch
@@ -208,10 +212,13 @@ class Outbox:
 
     def _work(self, dispatch: Dispatch) -> Work:
         openings, rows = tuple(dispatch.openings), columns(self._journalled(dispatch.messages))
+        parts = [message.part for message in dispatch.messages if message.part is not None]
 
         def work(connection: Connection) -> None:
             for opening in openings:
                 opening.write(connection)
+            for part in parts:
+                self.foresee(connection, part)
             if rows["message_id"]:
                 connection.execute(SQL["record"], {**rows, "shadow": self._shadow})
 
@@ -219,7 +226,7 @@ class Outbox:
 
     def _write(self, dispatch: Dispatch) -> None:
         try:
-            if dispatch.openings or self._journalled(dispatch.messages):
+            if dispatch.openings or dispatch.messages:
                 self._run(self._work(dispatch))
         except PatchpilotError as error:
             if self._journal is Journal.REQUIRED:

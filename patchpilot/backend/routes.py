@@ -13,6 +13,7 @@ from typing import Any
 
 from celery import Celery
 from celery.canvas import Signature, maybe_signature
+from kombu.utils.functional import maybe_list
 
 # Of all publishing options these decide where a message goes and what it looks like.
 _RECORDED = ("priority", "serializer", "compression", "delivery_mode", "exchange", "routing_key")
@@ -56,8 +57,10 @@ def _task_names(app: Celery, signature: Any) -> Iterator[str]:
             yield from _task_names(app, kwargs.get("body"))
         case _:
             yield signature.task
-    for link in (*(signature.options.get("link") or ()), *(signature.options.get("link_error") or ())):
-        yield from _task_names(app, link)
+    for option in ("link", "link_error"):
+        # One signature may stand without a list around it, and a signature is a dict.
+        for link in maybe_list(signature.options.get(option)) or ():
+            yield from _task_names(app, link)
 
 
 def maybe_tasks(header: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from celery import signals
 from celery.backends.redis import RedisBackend
 from celery.canvas import Signature
+from celery.utils.functional import _regen
 from celery.utils.log import get_logger
 from kombu.exceptions import EncodeError
 from kombu.utils.encoding import ensure_bytes
@@ -110,7 +111,7 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
     def apply_chord(self, header_result_args: Any, body: Signature, **kwargs: Any) -> None:
         super().apply_chord(header_result_args, body, **kwargs)
         group_id, results = header_result_args[:2]
-        if isinstance(results, list | tuple):  # forcing a generator would be a difference
+        if not isinstance(results, _regen):  # forcing a generator would be a difference
             self._quietly(lambda: self.chords.open(group_id, results, body, shadow=True))
 
     def add_to_chord(self, group_id: str, result: Any) -> None:

@@ -34,6 +34,9 @@ CREATE TABLE patchpilot.chord (
     callback_type     text,            -- content type and encoding of the callback
     callback_encoding text,
     unrecoverable     text,            -- why it could not be stored, or not unchanged, and where in the callback
+    opener            text NOT NULL,   -- the task that sent it, or the one call that did: each sends it once
+    generating        boolean NOT NULL DEFAULT false,  -- a generator still produces its header
+    size              int NOT NULL DEFAULT 0,  -- the parts it has if a generator produced them: some may not be known yet
     counting          text NOT NULL DEFAULT 'postgres' CHECK (counting IN ('postgres', 'valkey')),
     shadow            boolean NOT NULL DEFAULT false,  -- watched only: Celery's own backend counts and dispatches it
     routes            jsonb NOT NULL DEFAULT '{}',  -- task name -> publishing options, as the application routes it

@@ -1,27 +1,33 @@
 -- A chord from its opening to the dispatch of its callback.
 
 -- name: open
--- A frozen chord that is applied again keeps its group id, gets a new callback id, and begins anew. The same callback
--- id is a repetition (the step before it in a chain was delivered twice): what is on record stands, and no row returns.
+-- A frozen chord that is applied again keeps its ids and begins anew. Sent by the same task it is a repetition (the step
+-- before it in a chain was delivered twice): what is on record stands, and no row returns.
 INSERT INTO patchpilot.chord AS c (
     group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
-    result_serializer, structure, counting, shadow, publish_error
+    result_serializer, structure, opener, generating, counting, shadow, publish_error
 ) VALUES (
     %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
-    %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(counting)s, %(shadow)s, %(publish_error)s
+    %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(opener)s, %(generating)s, %(counting)s,
+    %(shadow)s, %(publish_error)s
 )
 ON CONFLICT (group_id) DO UPDATE SET
     state = 'open', callback_id = EXCLUDED.callback_id, callback_name = EXCLUDED.callback_name,
     callback = EXCLUDED.callback, callback_type = EXCLUDED.callback_type,
     callback_encoding = EXCLUDED.callback_encoding, unrecoverable = EXCLUDED.unrecoverable, routes = EXCLUDED.routes,
-    result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure, counting = EXCLUDED.counting,
+    result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure, opener = EXCLUDED.opener,
+    generating = EXCLUDED.generating, counting = EXCLUDED.counting,
     shadow = EXCLUDED.shadow, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
-    claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, finished_at = NULL
-WHERE c.callback_id <> EXCLUDED.callback_id
+    size = 0, claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, finished_at = NULL
+WHERE c.callback_id <> EXCLUDED.callback_id OR c.opener <> EXCLUDED.opener
 RETURNING group_id
 
 -- name: clear_parts
 DELETE FROM patchpilot.chord_part WHERE group_id = %(group_id)s
+
+-- name: clear_starts
+-- The callback of a chord that begins anew is another one, under the same id.
+DELETE FROM patchpilot.fence WHERE scope = %(group_id)s
 
 -- name: add_parts
 INSERT INTO patchpilot.chord_part (group_id, position, task_id)
@@ -39,6 +45,26 @@ FROM patchpilot.chord_part
 WHERE group_id = %(group_id)s
 HAVING coalesce(bool_and(task_id <> %(task_id)s), true)
 
+-- name: grown
+-- Where a generator produces the header, parts are counted as well: not all of them are known before they return.
+UPDATE patchpilot.chord SET size = size + 1 WHERE group_id = %(group_id)s AND (generating OR size > 0)
+
+-- name: foresee
+-- Under the chord's lock. A part of a header that a generator produces. Celery numbers parts, but nested groups anew.
+INSERT INTO patchpilot.chord_part (group_id, position, task_id)
+SELECT c.group_id, CASE WHEN part.taken THEN part.next ELSE %(position)s END, %(task_id)s
+FROM patchpilot.chord c
+CROSS JOIN LATERAL (
+    SELECT count(*) AS count, max(p.position) + 1 AS next,
+           coalesce(bool_or(p.position = %(position)s), false) AS taken,
+           coalesce(bool_or(p.position = %(position)s AND p.task_id = %(task_id)s), false) AS foreseen
+    FROM patchpilot.chord_part p WHERE p.group_id = c.group_id
+) part
+WHERE c.group_id = %(group_id)s AND (c.generating OR c.size > part.count) AND NOT part.foreseen
+
+-- name: generated
+UPDATE patchpilot.chord SET size = size + %(size)s, generating = false WHERE group_id = %(group_id)s AND generating
+
 -- name: return_part
 -- The first return of a part stands. No row: the chord is not in our record.
 WITH returned AS (
@@ -46,7 +72,10 @@ WITH returned AS (
     SET state = %(state)s, payload = %(payload)s, returned_at = now()
     WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND state IS NULL
 )
-SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here
+SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here,
+       (generating OR size > 0) AND NOT EXISTS (
+           SELECT FROM patchpilot.chord_part WHERE group_id = %(group_id)s AND task_id = %(task_id)s
+       ) AS unforeseen
 FROM patchpilot.chord WHERE group_id = %(group_id)s
 
 -- name: publishing_failed
@@ -59,6 +88,8 @@ SELECT c.group_id
 FROM patchpilot.chord c
 WHERE c.group_id = ANY(%(group_ids)s)
   AND (c.state = 'open' OR (c.state = 'claimed' AND c.claim_until < now()))
+  AND NOT c.generating
+  AND (c.size = 0 OR c.size <= (SELECT count(*) FROM patchpilot.chord_part p WHERE p.group_id = c.group_id))
   AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
 
 -- name: claim
@@ -70,6 +101,8 @@ WHERE group_id IN (
     FROM patchpilot.chord c
     WHERE c.group_id = ANY(%(group_ids)s)
       AND (c.state = 'open' OR (c.state = 'claimed' AND (c.claim_until < now() OR c.claim_token = %(token)s)))
+      AND NOT c.generating
+      AND (c.size = 0 OR c.size <= (SELECT count(*) FROM patchpilot.chord_part p WHERE p.group_id = c.group_id))
       AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
     FOR UPDATE SKIP LOCKED
 )

@@ -10,7 +10,8 @@ WITH open_chord AS (
            part.total, part.returned, part.failed, part.ended, part.inner_chords, coalesce(message.count, 0) AS messages
     FROM patchpilot.chord c
     CROSS JOIN LATERAL (
-        SELECT count(*) AS total, count(p.state) AS returned,
+        SELECT CASE WHEN c.generating THEN count(*) + 1 ELSE greatest(count(*), c.size) END AS total,
+               count(p.state) AS returned,
                count(*) FILTER (WHERE p.state <> 'SUCCESS') AS failed, max(p.returned_at) AS last_return,
                count(*) FILTER (WHERE p.state IS NULL AND r.task_id IS NOT NULL) AS ended,
                count(*) FILTER (WHERE p.state IS NULL AND inner_chord.group_id IS NOT NULL) AS inner_chords

@@ -28,7 +28,10 @@ WITH stored AS (
     WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s
       AND finished_at IS NULL
 )
-SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here
+SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here,
+       (generating OR size > 0) AND NOT EXISTS (
+           SELECT FROM patchpilot.chord_part WHERE group_id = %(group_id)s AND task_id = %(task_id)s
+       ) AS unforeseen
 FROM patchpilot.chord WHERE group_id = %(group_id)s
 
 -- name: get
