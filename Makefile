@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow celery-suite lint format clean help
+.PHONY: demo test test-slow celery-suite bench lint format clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -28,15 +28,18 @@ test-slow: $(STAMP)  ## the longer proofs
 celery-suite: $(STAMP)  ## Celery's own integration tests on stock Redis and on ours, by name; half an hour. ARGS=--help
 	$(BIN)/python -m tests.celery_suite $(ARGS)
 
+bench: $(STAMP)     ## what the backend and each setting cost, as ratios to stock Celery; ten minutes
+	$(BIN)/python -m bench.backends $(ARGS)
+
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
-	$(BIN)/ruff check patchpilot tests
-	$(BIN)/ruff format --check patchpilot tests
+	$(BIN)/ruff check patchpilot tests bench
+	$(BIN)/ruff format --check patchpilot tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## ruff format and the fixes ruff is sure of
-	$(BIN)/ruff format patchpilot tests
-	$(BIN)/ruff check --fix patchpilot tests
+	$(BIN)/ruff format patchpilot tests bench
+	$(BIN)/ruff check --fix patchpilot tests bench
 
 clean:           ## the virtual environment, caches and reports
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab
