@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
-from celery import signals, states
+from celery import Celery, signals, states
 from celery._state import get_current_task
 from celery.backends.redis import RedisBackend
 from celery.canvas import Signature
@@ -25,7 +25,9 @@ from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config
 from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.heartbeat import Heartbeat
+from patchpilot.backend.install import RESULTS, set_unless_set
 from patchpilot.backend.outbox import Outbox
+from patchpilot.backend.sockets import insisting
 from patchpilot.backend.waiting import ResultConsumer
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import database
@@ -44,8 +46,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
     # PostgreSQL keeps results until they are purged.
     supports_autoexpire = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, app: Celery, **kwargs: Any) -> None:
+        set_unless_set(app.conf, RESULTS)
+        super().__init__(*args, app=app, **kwargs)
+        self.connparams: dict[str, Any] = insisting(self.connparams)
         self.config = Config.of(self.app)
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, ReadOnlyError)
         self.database = database(self.config.dsn, self.config.postgres_budget)

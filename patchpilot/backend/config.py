@@ -16,6 +16,9 @@ MESSAGE_ID = "patchpilot_message"
 CALLBACK_OF = "patchpilot_callback_of"
 """Message header: the chord whose callback this message is. Its start is fenced."""
 
+DSN = "patchpilot_postgres"
+"""The setting that says where PostgreSQL is."""
+
 
 class Masked(str):
     """What stands in the Celery configuration for a DSN, so that no report or inspection shows it."""
@@ -31,6 +34,18 @@ class Masked(str):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Masked.of, (self.dsn,))
+
+
+def mask(conf: Any, dsn: str | None = None) -> None:
+    """Hide the DSN in a Celery configuration, under every name it has there, a namespace's included.
+
+    :param dsn: the DSN; what is configured by default. A callable is left alone until somebody calls it.
+    """
+    dsn = dsn or conf.get(DSN)
+    if isinstance(dsn, str) and not isinstance(dsn, Masked):
+        for key in conf._to_keys(DSN):
+            if key == DSN or any(key in known for known in conf.maps):
+                conf.changes[key] = Masked.of(dsn)
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Config:
 
         :raises ImproperlyConfigured: if PostgreSQL is configured nowhere.
         """
-        dsn = app.conf.get("patchpilot_postgres") or os.environ.get("PATCHPILOT_POSTGRES")
+        dsn = app.conf.get(DSN) or os.environ.get("PATCHPILOT_POSTGRES")
         if isinstance(dsn, Masked):
             dsn = dsn.dsn
         if callable(dsn):
@@ -63,7 +78,7 @@ class Config:
                 "the patchpilot backend needs PostgreSQL: set patchpilot_postgres in the Celery configuration, "
                 "or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
             )
-        app.conf["patchpilot_postgres"] = Masked.of(str(dsn))
+        mask(app.conf, str(dsn))
         return cls(
             str(dsn),
             claim_lease=_seconds(app, "patchpilot_claim_lease", cls.claim_lease),
