@@ -1,3 +1,22 @@
 """Patch the Valkey or Redis cluster under Celery workers live, lose nothing, and prove it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from celery import Celery
+
 __version__ = "0.1.0"
+
+
+def install(app: Celery) -> None:
+    """Make the workers and producers of ``app`` survive a failover of their broker.
+
+    Sets the transport ``patchpilot.transport:Transport`` and, beside it, how long publishing and connecting are
+    retried. What the application sets itself stands, whether before or after this call. Also hides the DSN in
+    ``patchpilot_postgres`` from reports and inspection. Brokers other than ``redis://`` and ``rediss://`` keep theirs.
+    """
+    from patchpilot.backend.install import install as install_into
+
+    install_into(app)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
-from celery import signals, states
+from celery import Celery, signals, states
 from celery._state import get_current_task
 from celery.backends.redis import RedisBackend
 from celery.canvas import Signature
@@ -27,9 +27,11 @@ from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
+from patchpilot.backend.install import RESULTS, set_unless_set
 from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
+from patchpilot.backend.sockets import insisting
 from patchpilot.backend.waiting import ResultConsumer
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Row, database
@@ -52,8 +54,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
     # is set together with worker_deduplicate_successful_tasks. The fence does what that setting asks for.
     persistent = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, app: Celery, **kwargs: Any) -> None:
+        set_unless_set(app.conf, RESULTS)
+        super().__init__(*args, app=app, **kwargs)
+        self.connparams: dict[str, Any] = insisting(self.connparams)
         self.config = Config.of(self.app)
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, ReadOnlyError)
         self.database = database(self.config.dsn, self.config.postgres_budget)

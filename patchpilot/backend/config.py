@@ -18,6 +18,9 @@ MESSAGE_ID = "patchpilot_message"
 CALLBACK_OF = "patchpilot_callback_of"
 """Message header: the chord whose callback this message is. Its start is fenced."""
 
+DSN = "patchpilot_postgres"
+"""The setting that says where PostgreSQL is."""
+
 FOLLOWS = "patchpilot_follows"
 """Message header: the message of the task before this one in a chain, or that links to it. Its start is fenced."""
 
@@ -76,6 +79,18 @@ class Masked(str):
         return (Masked.of, (self.dsn,))
 
 
+def mask(conf: Any, dsn: str | None = None) -> None:
+    """Hide the DSN in a Celery configuration, under every name it has there, a namespace's included.
+
+    :param dsn: the DSN; what is configured by default. A callable is left alone until somebody calls it.
+    """
+    dsn = dsn or conf.get(DSN)
+    if isinstance(dsn, str) and not isinstance(dsn, Masked):
+        for key in conf._to_keys(DSN):
+            if key == DSN or any(key in known for known in conf.maps):
+                conf.changes[key] = Masked.of(dsn)
+
+
 @dataclass(frozen=True)
 class Config:
     """The backend's settings, all but the first optional."""
@@ -127,7 +142,7 @@ def dsn_of(app: Celery) -> str:
 
     :raises ImproperlyConfigured: if there is none.
     """
-    dsn = app.conf.get("patchpilot_postgres") or os.environ.get("PATCHPILOT_POSTGRES")
+    dsn = app.conf.get(DSN) or os.environ.get("PATCHPILOT_POSTGRES")
     if isinstance(dsn, Masked):
         return dsn.dsn
     if callable(dsn):
@@ -137,7 +152,7 @@ def dsn_of(app: Celery) -> str:
             "the patchpilot backend needs PostgreSQL: set patchpilot_postgres in the Celery configuration, "
             "or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
         )
-    app.conf["patchpilot_postgres"] = Masked.of(str(dsn))
+    mask(app.conf, str(dsn))
     return str(dsn)
 
 

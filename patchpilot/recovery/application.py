@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import cast
 
 from celery import Celery, _state
 
 from patchpilot.backend.backend import Backend
+from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 
 _PUBLISH_RETRIES = {"max_retries": 10, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 2.0}
@@ -35,11 +36,10 @@ class Site:
 def application(site: Site, serializer: str = "json") -> Celery:
     """The stand-in for applications whose result serialiser is ``serializer``."""
     app = Celery("patchpilot-recovery", set_as_current=False)
-    options: dict[str, Any] = {"socket_timeout": 10, "socket_connect_timeout": 5, "socket_keepalive": True}
-    if site.key_prefix:
-        options["global_keyprefix"] = site.key_prefix
+    options = {"global_keyprefix": site.key_prefix} if site.key_prefix else {}
     app.conf.update(
         broker_url=site.endpoint,
+        broker_transport=TRANSPORT,
         result_backend=f"patchpilot+{site.endpoint}",
         patchpilot_postgres=site.dsn,
         patchpilot_claim_lease=site.claim_lease,
@@ -51,8 +51,6 @@ def application(site: Site, serializer: str = "json") -> Celery:
         task_routes=(as_recorded,),
         task_publish_retry_policy=_PUBLISH_RETRIES,
         broker_transport_options=options,
-        redis_socket_timeout=10.0,
-        redis_socket_connect_timeout=5.0,
     )
     return app
 

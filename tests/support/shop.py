@@ -5,6 +5,7 @@ The ledger is a file: each line is one execution, appended in one write. It shar
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from celery import Celery, Task, chain, group
 
+import patchpilot
 from patchpilot.clock import SYSTEM
 
 app = Celery("shop")
@@ -30,8 +32,10 @@ app.conf.update(
     patchpilot_mode=os.environ.get("SHOP_MODE", "durable"),
     worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
     accept_content=os.environ.get("SHOP_ACCEPT", "json").split(","),
-    broker_transport_options={"socket_timeout": 10, "health_check_interval": 5},
+    **json.loads(os.environ.get("SHOP_SETTINGS", "{}")),
 )
+if os.environ.get("SHOP_STOCK") != "1":
+    patchpilot.install(app)
 
 
 def write(line: str) -> None:
@@ -108,6 +112,15 @@ def later(self: Task, label: str, countdown: float) -> str:
     if self.request.retries == 0:
         raise self.retry(countdown=countdown)
     return label
+
+
+@app.task
+def relay(label: str, steps: int) -> str:
+    """Publish the next step from inside the pool, ``steps`` times."""
+    write(f"{label} {steps}")
+    if steps:
+        relay.delay(label, steps - 1)
+    return f"{label} {steps}"
 
 
 @app.task(bind=True)

@@ -8,9 +8,19 @@ import sys
 import pytest
 
 
-def test_the_backend_loads_neither_the_cloud_nor_the_command_line() -> None:
+def test_the_package_alone_loads_nothing() -> None:
     script = (
-        "import sys, patchpilot.backend\n"
+        "import sys, patchpilot\n"
+        "print(sorted({'celery', 'kombu', 'redis', 'psycopg', 'patchpilot.backend'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["patchpilot.backend", "patchpilot.transport"])
+def test_what_workers_import_loads_neither_the_cloud_nor_the_command_line(module: str) -> None:
+    script = (
+        f"import sys, {module}\n"
         "heavy = {'boto3', 'botocore', 'typer', 'moto', 'structlog', 'pydantic', 'patchpilot.engine'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

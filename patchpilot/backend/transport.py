@@ -1,0 +1,174 @@
+"""kombu's Redis transport, for a broker that fails over.
+
+What it adds: a node that is no primary any more is a lost connection (:mod:`patchpilot.backend.sockets`), so workers
+reconnect instead of exiting and publishers retry on a fresh connection; and timeouts, keepalive and health checks, so
+that neither hangs on a socket that nobody answers. Everything else is kombu's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from kombu.connection import Connection
+from kombu.exceptions import OperationalError
+from kombu.transport import redis
+from kombu.utils.eventio import READ, poll
+from kombu.utils.functional import dictfilter
+from kombu.utils.url import as_url, parse_url
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from patchpilot.backend import sockets
+from patchpilot.clock import SYSTEM
+
+DEFAULTS: Mapping[str, Any] = {
+    "socket_timeout": sockets.SOCKET_TIMEOUT,
+    "socket_connect_timeout": sockets.CONNECT_TIMEOUT,
+    "socket_keepalive": True,
+    "socket_keepalive_options": sockets.KEEPALIVE,
+    "health_check_interval": sockets.HEALTH_CHECK_INTERVAL,
+}
+"""Transport options where the user has set none of that name."""
+
+
+def with_defaults(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's transport options, completed. What the user says stands, None included."""
+    return {**DEFAULTS, **(options or {})}
+
+
+_KOMBU_CHECKS = hasattr(redis.MultiChannelPoller, "maybe_check_brpop_health")
+
+
+class Refused(OperationalError, ResponseError):
+    """The server refuses a message for good, for want of memory for example. It is kombu's error and redis-py's."""
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Makes kombu's error of redis-py's, as kombu does with what it retries."""
+    try:
+        yield
+    except ResponseError as error:
+        raise Refused(str(error)) from error
+
+
+class Poller(redis.MultiChannelPoller):  # type: ignore[misc]
+    """Gives the whole connection up when a BRPOP is not answered.
+
+    A half-open socket never becomes readable, so nothing else notices before the kernel does. kombu drops, from 5.7 on,
+    the one socket, takes the next message over a new one, and loses it when it writes that down over an old one.
+    """
+
+    def maybe_check_brpop_health(self) -> None:
+        for channel in self._channels:
+            channel.insist_on_answer()
+
+    def maybe_restore_messages(self) -> Any:
+        if not _KOMBU_CHECKS:
+            self.maybe_check_brpop_health()
+        return super().maybe_restore_messages()
+
+
+class Channel(redis.Channel):  # type: ignore[misc]
+    """A channel whose connections lead to a primary."""
+
+    connection_class = sockets.PrimaryConnection
+    connection_class_ssl = sockets.PrimarySSLConnection
+
+    _asked_at = 0.0
+
+    def basic_publish(self, *args: Any, **kwargs: Any) -> Any:
+        if self.connection is None:
+            # Closed under the producer, by a reconnect while it declared the queue. It has to start over.
+            raise RedisConnectionError("the channel was closed before the message was published")
+        with _refusals():
+            return super().basic_publish(*args, **kwargs)
+
+    def _connparams(self, *args: Any, **kwargs: Any) -> Any:
+        if self.connection is None:
+            # An acknowledgement on a channel that a reconnect has closed. Celery logs a lost connection, and goes on.
+            raise RedisConnectionError("the channel was closed")
+        return super()._connparams(*args, **kwargs)
+
+    def queue_declare(self, *args: Any, **kwargs: Any) -> Any:
+        with _refusals():
+            return super().queue_declare(*args, **kwargs)
+
+    def queue_bind(self, *args: Any, **kwargs: Any) -> Any:
+        with _refusals():
+            return super().queue_bind(*args, **kwargs)
+
+    def _brpop_start(self, *args: Any, **kwargs: Any) -> None:
+        self._asked_at = SYSTEM.monotonic()
+        super()._brpop_start(*args, **kwargs)
+
+    def insist_on_answer(self) -> None:
+        """Give the connection up if the reply to its BRPOP, which the server delays by a second at most, is overdue.
+
+        :raises ConnectionError: if so.
+        """
+        overdue = 1 + self.health_check_interval
+        waited = SYSTEM.monotonic() - self._asked_at
+        if self._in_poll and self.health_check_interval and waited > overdue and not _readable(self._in_poll._sock):
+            self._in_poll.disconnect()
+            raise RedisConnectionError(f"no answer from the broker for {waited:.0f} s")
+
+
+class Transport(redis.Transport):  # type: ignore[misc]
+    """The transport: ``broker_transport = "patchpilot.transport:Transport"``, for redis:// and rediss:// URLs."""
+
+    Channel = Channel
+
+    # kombu tells a transport that parses URLs itself the scheme, which alone says whether to speak TLS.
+    can_parse_url = True
+
+    # With these kombu retries a publish for as long as the policy says. Without, a second loss in a row is raised.
+    # A KeyError, a lost connection to kombu 5.7, would be the same one each time.
+    recoverable_connection_errors = tuple(
+        error for error in redis.Transport.connection_errors if not issubclass(error, KeyError)
+    )
+    recoverable_channel_errors = ()
+
+    def __init__(self, client: Any, **kwargs: Any) -> None:
+        if "://" in (client.hostname or ""):
+            _take_apart(client)
+        client.switch = MethodType(_switch, client)
+        client.transport_options = with_defaults(client.transport_options)
+        super().__init__(client, **kwargs)
+        self.cycle = Poller()
+
+    def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
+        """The broker's URL, for log lines."""
+        client = self.client
+        scheme, port = "rediss" if client.ssl else "redis", client.port or self.default_port
+        return as_url(
+            scheme, client.hostname, port, client.userid, client.password, client.virtual_host,
+            sanitize=not include_password, mask=mask,
+        )  # fmt: skip
+
+
+def _take_apart(client: Any) -> None:
+    """Set up a kombu connection from its URL, exactly as kombu does when no transport is named."""
+    parts = parse_url(client.hostname)
+    ours = client.transport_cls
+    client._init_params(**{**client._initial_params, **dictfilter(parts), "hostname": parts["hostname"]})
+    client.transport_cls = ours
+
+
+def _switch(client: Any, url: str) -> None:
+    """Go to the next of several broker URLs. kombu's own would take the transport from the URL's scheme again."""
+    ours = client.transport_cls
+    Connection.switch(client, url)
+    client.transport_cls = ours
+
+
+def _readable(sock: Any) -> bool:
+    poller = poll()
+    try:
+        poller.register(sock, READ)
+        return bool(poller.poll(0))
+    finally:
+        poller.close()

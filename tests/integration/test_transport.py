@@ -1,0 +1,280 @@
+"""Workers and publishers through failovers, with the transport as `patchpilot.install` sets it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import redis
+from celery import Celery, group
+from kombu import Connection
+from kombu.exceptions import OperationalError
+
+import patchpilot
+from patchpilot.backend.sockets import NotPrimary, PrimarySSLConnection, insisting
+from patchpilot.lab.links import Link
+from patchpilot.lab.processes import until
+from patchpilot.lab.replicas import ReplicaSet, Windows
+from patchpilot.lab.roster import Roster
+from patchpilot.lab.servers import ValkeyNode
+from tests.conftest import forget_connections, shop_on
+from tests.support.processes import Shop, Worker
+from tests.support.shop import add, app, quiet, relay
+from tests.support.tls import TlsFront
+
+# The user's own settings: what is waited for below passes quickly.
+SETTINGS: dict[str, Any] = {
+    "broker_transport_options": {"socket_timeout": 2, "socket_connect_timeout": 2, "health_check_interval": 1},
+    "redis_socket_timeout": 2,
+    "redis_backend_health_check_interval": 1,
+}
+
+
+@pytest.fixture
+def away(
+    lab_roster: Roster, tmp_path: Path, replicated: ReplicaSet, migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shop]:
+    """The test application on a broker that fails over."""
+    for key, value in SETTINGS.items():
+        monkeypatch.setitem(app.conf, key, value)
+    with shop_on(lab_roster, tmp_path, replicated.endpoint, migrated, monkeypatch) as opened:
+        opened.environment["SHOP_SETTINGS"] = json.dumps(SETTINGS)
+        yield opened
+
+
+class Stream:
+    """Tasks published one after the other for as long as the block lasts. Nobody may ever hear of an error."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.errors: list[BaseException] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._publish)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.await_more()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.await_more()
+        self._over.set()
+        self._thread.join()
+        assert self.errors == []
+
+    def await_more(self) -> None:
+        goal = self.sent + 20
+        until(lambda: self.sent >= goal, seconds=60, what=f"more was published; errors: {self.errors}")
+
+    def _publish(self) -> None:
+        while not self._over.wait(0.005):
+            try:
+                quiet.delay(self.sent)
+                self.sent += 1
+            except Exception as error:  # noqa: BLE001 - the block's end says it
+                self.errors.append(error)
+
+
+def carries_on(shop: Shop, worker: Worker, label: str) -> None:
+    """The worker consumes, its pool publishes and stores results, and nothing has exited."""
+    relay.delay(label, 4)
+    shop.await_line(f"{label} 0", seconds=60)
+    assert add.delay(1, 2).get(timeout=60) == 3
+    assert worker.process.poll() is None, worker.output()[-2000:]
+
+
+def demote(replicas: ReplicaSet) -> tuple[ValkeyNode, ValkeyNode]:
+    """Swap the roles of primary and replica. No socket is closed, and the endpoint still leads to the old one."""
+    old, [new] = replicas.primary, replicas.replicas
+    new.await_sync(old)
+    new.promote()
+    old.follow(new.address)
+    return old, new
+
+
+def clients(node: ValkeyNode) -> list[str]:
+    """The last commands of those who are connected to a node, its primary and ourselves aside."""
+    with node.client() as client:
+        seen = [(entry["flags"], entry["cmd"]) for entry in client.client_list()]
+    return [command for flags, command in seen if "M" not in flags and command != "client|list"]
+
+
+def test_sockets_closed_at_the_failover(away: Shop, replicated: ReplicaSet) -> None:
+    worker = away.worker("-c", "2")
+    carries_on(away, worker, "before")
+    with Stream():
+        replicated.failover(Windows(write_loss=0.05, endpoint_lag=0.5))
+    carries_on(away, worker, "after")
+
+
+def test_half_open_sockets(away: Shop, replicated: ReplicaSet) -> None:
+    """Packets are dropped in front of the old primary, for connections that exist and for new ones, and for good."""
+    old, [new] = replicated.primary, replicated.replicas
+    with Link(old.address) as hole:
+        replicated.link.retarget(hole.address)
+        worker = away.worker("-c", "2")
+        carries_on(away, worker, "before")
+        with Stream():
+            new.await_sync(old)
+            hole.freeze()
+            new.promote()
+            until(lambda: "Connection to broker lost" in worker.output(), seconds=60, what="the worker noticed")
+            replicated.link.retarget(new.address)
+        carries_on(away, worker, "after")
+
+
+def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: ReplicaSet) -> None:
+    worker = away.worker("-c", "2")
+    carries_on(away, worker, "before")
+    with Stream():
+        old, new = demote(replicated)
+        until(lambda: "not to the primary" in worker.output(), seconds=60, what="the worker came back too early")
+        replicated.link.retarget(new.address)
+    carries_on(away, worker, "after")
+    forget_connections(app)  # this process would count as well
+
+    def moved() -> bool:
+        group(add.s(1, 1) for _ in range(8)).apply_async().get(timeout=60)
+        return clients(old) == []
+
+    until(moved, seconds=60, what="nobody was left on the demoted node")
+    assert worker.process.poll() is None
+
+
+@pytest.mark.slow
+def test_a_demoted_primary_ends_a_worker_on_kombus_own_transport(away: Shop, replicated: ReplicaSet) -> None:
+    """Why the transport is there at all."""
+    worker = away.worker("-c", "2", SHOP_STOCK="1")
+    carries_on(away, worker, "before")
+    _, new = demote(replicated)
+    replicated.link.retarget(new.address)
+    until(lambda: worker.process.poll() is not None, seconds=60, what="the worker had ended")
+    assert "UNBLOCKED" in worker.output()
+
+
+def test_a_publish_survives_losing_its_connection_again_and_again(replicated: ReplicaSet) -> None:
+    """Kombu itself gives up at the second loss within one publish, and in the middle of declaring a queue."""
+    with producer(replicated.endpoint) as publisher:
+        publisher.send_task("task")
+        closing = threading.Event()
+
+        def disturb() -> None:
+            while not closing.wait(0.002):
+                replicated.link.close_connections()
+
+        disturber = threading.Thread(target=disturb)
+        disturber.start()
+        try:
+            for number in range(10):
+                publisher.send_task("task", queue=f"queue-{number}")
+        finally:
+            closing.set()
+            disturber.join()
+
+
+def test_the_first_publish_of_a_process_waits_for_the_endpoint(replicated: ReplicaSet) -> None:
+    """Celery's own limit for a first connection is 4 s, whatever the retry policy says."""
+    replicated.link.refuse()
+    opening = threading.Timer(5, replicated.link.retarget, (replicated.primary.address,))
+    opening.start()
+    with producer(replicated.endpoint) as publisher:
+        publisher.send_task("task")
+    opening.join()
+    with replicated.primary.client() as client:
+        assert client.llen("celery") == 1
+
+
+def test_what_the_server_refuses_for_good_is_not_retried(valkey_server: ValkeyNode, valkey: str) -> None:
+    with producer(valkey) as publisher, redis.Redis.from_url(valkey) as client:
+        publisher.send_task("task", queue="declared")
+        client.delete("declared")
+        client.mset({"declared": "not a list", "fresh": "not a list"})
+        before = client.info("commandstats")["cmdstat_lpush"]["calls"]
+        for queue in ("declared", "fresh"):
+            with pytest.raises(OperationalError, match="WRONGTYPE"):
+                publisher.send_task("task", queue=queue)
+        assert client.info("commandstats")["cmdstat_lpush"]["calls"] == before + 1
+
+
+class producer:  # noqa: N801 - reads as a statement where it is used
+    """A user's application without a result backend, for as long as the block lasts."""
+
+    def __init__(self, broker: str) -> None:
+        self._app = Celery("user", broker=broker, set_as_current=False)
+        patchpilot.install(self._app)
+
+    def __enter__(self) -> Celery:
+        return self._app
+
+    def __exit__(self, *_: object) -> None:
+        self._app.close()
+
+
+def test_every_way_in_which_a_node_says_that_it_is_no_primary_is_a_lost_connection(replicated: ReplicaSet) -> None:
+    address = replicated.primary.address
+    pool = redis.ConnectionPool(**insisting({"host": address.host, "port": address.port}))
+    blocked, queued, scripted, plain, stale = (pool.make_connection() for _ in range(5))
+    for connection, command in (
+        (blocked, ("BRPOP", "nothing", 0)), (queued, ("MULTI",)), (queued, ("SET", "key", 1)),
+    ):  # fmt: skip
+        connection.send_command(*command)
+    assert [queued.read_response(), queued.read_response()] == [b"OK", b"QUEUED"]
+    for connection in (scripted, plain, stale):
+        connection.connect()
+    old, new = demote(replicated)
+    queued.send_command("EXEC")
+    scripted.send_command("EVAL", "return redis.call('SET', KEYS[1], 1)", 1, "key")
+    plain.send_command("SET", "key", 1)
+    for connection in (blocked, queued, scripted, plain):
+        with pytest.raises(NotPrimary):
+            connection.read_response()
+        assert connection._sock is None
+    with pytest.raises(NotPrimary, match="connected to a replica"):
+        plain.connect()
+    old.ask(lambda client: client.config_set("replica-serve-stale-data", "no"))
+    new.stop(hard=True)
+    until(lambda: not old.replication().link_up, seconds=60, what="the replica had lost its primary")
+    stale.send_command("GET", "key")
+    with pytest.raises(NotPrimary):
+        stale.read_response()
+
+
+def test_a_connection_that_only_notifies_moves_too(replicated: ReplicaSet) -> None:
+    """A PUBLISH to a demoted node succeeds, and nobody hears it."""
+    address = replicated.link.address
+    params = insisting({"host": address.host, "port": address.port, "health_check_interval": 0.2})
+    with redis.Redis(connection_pool=redis.ConnectionPool(**params)) as client:
+        client.publish("channel", "message")
+        old, new = demote(replicated)
+        replicated.link.retarget(new.address)
+
+        def refused() -> bool:
+            try:
+                client.publish("channel", "message")
+            except NotPrimary:
+                return True
+            return False
+
+        until(refused, seconds=60, what="the connection was found to lead nowhere")
+        client.publish("channel", "message")
+        assert clients(old) == []
+        assert "publish" in clients(new)
+
+
+def test_broker_and_results_over_tls(shop: Shop, valkey_server: ValkeyNode, tmp_path: Path) -> None:
+    with TlsFront(valkey_server.address, tmp_path) as front:
+        bare = f"rediss://127.0.0.1:{front.port}/0"
+        url = f"{bare}?ssl_cert_reqs=required&ssl_ca_certs={front.authority}"
+        worker = shop.worker("-c", "1", SHOP_BROKER=url, SHOP_BACKEND=f"patchpilot+{url}")
+        carries_on(shop, worker, "over TLS")
+        for unverified in (f"{bare}?ssl_cert_reqs=none", bare):
+            with Connection(unverified, transport="patchpilot.transport:Transport") as connection:
+                assert isinstance(connection.default_channel.pool.make_connection(), PrimarySSLConnection)
+        with pytest.raises(redis.ConnectionError, match="certificate"):
+            Connection(f"{bare}?ssl_cert_reqs=required", transport="patchpilot.transport:Transport").connect()
+        worker.kill()
