@@ -58,10 +58,11 @@ def _load_backend_first(app: Celery) -> None:
     acquire = app.producer_or_acquire
 
     def producer_or_acquire(producer: Any = None) -> Any:
-        if app.producer_or_acquire is producer_or_acquire:
-            app.producer_or_acquire = acquire
-            if str(app.conf.result_backend or "").startswith("patchpilot+"):
-                _ = app.backend
+        if app.producer_or_acquire is not producer_or_acquire:  # the backend is loaded, and stands in front of this
+            return acquire(producer)
+        app.producer_or_acquire = acquire
+        if str(app.conf.result_backend or "").startswith("patchpilot+"):
+            _ = app.backend
         return app.producer_or_acquire(producer)
 
     app.producer_or_acquire = producer_or_acquire
