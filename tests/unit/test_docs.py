@@ -1,0 +1,37 @@
+"""What the documents name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_test_that_the_promise_names_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "promise.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if f"def {test}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
+def test_every_sentence_of_the_promise_names_a_test() -> None:
+    text = (ROOT / "docs" / "promise.md").read_text(encoding="utf-8")
+    promised = text[text.index("## Promised") : text.index("## Where an effect")]
+    rows = [line for line in promised.splitlines() if line.startswith("|") and line.count("|") == 3]
+    sentences = [row for row in rows if not row.startswith(("| |", "|---"))]
+    assert sentences
+    assert [row for row in sentences if "::test_" not in row] == []
+
+
+def test_every_setting_is_documented() -> None:
+    from patchpilot.backend import config
+
+    settings = set(re.findall(r'"(patchpilot_\w+)"', Path(config.__file__).read_text(encoding="utf-8")))
+    settings -= {config.MESSAGE_ID, config.CALLBACK_OF, config.FOLLOWS}
+    table = (ROOT / "docs" / "promise.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(settings) if f"| `{name}` |" not in table] == []
