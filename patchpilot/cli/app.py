@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from patchpilot import __version__
-from patchpilot.cli import db, lab
+from patchpilot.cli import chords, db, lab
 from patchpilot.cli.console import say
 from patchpilot.cli.recover import recover
 from patchpilot.cli.report import report
@@ -39,6 +39,7 @@ app.command("run", epilog=EPILOG)(run)
 app.command("status")(status)
 app.command("recover")(recover)
 app.command("report")(report)
+app.add_typer(chords.app, name="chords")
 app.add_typer(db.app, name="db")
 app.add_typer(lab.app, name="lab")
 

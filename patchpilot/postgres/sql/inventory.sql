@@ -1,0 +1,39 @@
+-- What chords there are, and the life of one. Reads only.
+
+-- name: by_callback
+SELECT callback_name, count(*) AS open, min(created_at) AS oldest,
+       count(*) FILTER (WHERE callback IS NULL) AS unrecoverable,
+       count(*) FILTER (WHERE publish_error IS NOT NULL) AS half_published,
+       count(*) FILTER (WHERE shadow) AS shadow
+FROM patchpilot.chord
+WHERE state IN ('open', 'claimed')
+GROUP BY callback_name
+ORDER BY open DESC, callback_name
+
+-- name: chord
+SELECT c.group_id, c.state::text, c.callback_id, c.callback_name, c.created_at, c.finished_at, c.claims, c.claim_until,
+       c.claim_until < now() AS claim_over, c.publish_error, c.unrecoverable, c.generating, c.counting, c.shadow
+FROM patchpilot.chord c WHERE c.group_id = %(id)s OR c.callback_id = %(id)s
+ORDER BY c.created_at DESC LIMIT 1
+
+-- name: parts
+SELECT p.task_id, p.state, p.returned_at, o.task_name, o.queue, o.recorded_at, o.sent_at, o.resends
+FROM patchpilot.chord_part p
+LEFT JOIN patchpilot.outbox o ON o.task_id = p.task_id AND o.group_id = p.group_id
+WHERE p.group_id = %(group_id)s
+ORDER BY p.position
+
+-- name: callback_messages
+SELECT task_id, task_name, queue, recorded_at, sent_at, resends FROM patchpilot.outbox WHERE callback_of = %(group_id)s
+ORDER BY recorded_at
+
+-- name: starts
+SELECT task_id, attempt, worker, starts, started_at, finished_at, lease_until, lease_until < now() AS lease_over
+FROM patchpilot.fence WHERE scope = %(group_id)s ORDER BY started_at
+
+-- name: result
+SELECT state, stored_at FROM patchpilot.result WHERE task_id = %(callback_id)s AND stored_at >= %(created_at)s
+
+-- name: remedies
+SELECT applied_at, diagnosis, remedy, run_id FROM patchpilot.remedy
+WHERE subject = %(group_id)s OR subject = ANY(%(task_ids)s) ORDER BY applied_at

@@ -1,0 +1,165 @@
+"""The inventory of chords: what is open, and the life of one as a timeline. Reads PostgreSQL, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from patchpilot.errors import Usage
+from patchpilot.postgres.connection import Database, Row
+from patchpilot.postgres.queries import queries
+
+SQL = queries("inventory")
+
+MOST_PARTS = 10
+"""How many parts a timeline names one by one; of more it tells the first, the last and how many."""
+
+
+@dataclass(frozen=True)
+class OfCallback:
+    """The open chords of one callback."""
+
+    callback: str
+    open: int
+    oldest: datetime
+    unrecoverable: int
+    """Of those: their callback could not be stored."""
+    half_published: int
+    """Of those: sending them raised in the caller."""
+    shadow: int
+    """Of those: only watched."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One thing that happened to a chord."""
+
+    at: datetime
+    what: str
+
+
+@dataclass(frozen=True)
+class Life:
+    """The life of one chord."""
+
+    group_id: str
+    callback: str
+    callback_id: str
+    state: str
+    returned: int
+    total: int
+    why: str
+    """Where it stands, in one sentence: why its callback has run, or has not."""
+    moments: tuple[Moment, ...]
+
+
+def inventory(database: Database) -> tuple[OfCallback, ...]:
+    """The chords that are open, by callback; the most first.
+
+    :raises PatchpilotError: if PostgreSQL cannot be asked.
+    """
+    return tuple(
+        OfCallback(
+            row["callback_name"], row["open"], row["oldest"], row["unrecoverable"], row["half_published"], row["shadow"]
+        )
+        for row in database.fetch(SQL["by_callback"])
+    )
+
+
+def life(database: Database, chord: str) -> Life:
+    """The life of the chord with this group id, or whose callback has this task id.
+
+    :raises Usage: if there is none on record.
+    """
+    found = database.fetch(SQL["chord"], {"id": chord})
+    if not found:
+        raise Usage(f"no chord {chord!r} is on record: it was purged, or sent by a producer without this backend")
+    row = found[0]
+    parts = database.fetch(SQL["parts"], row)
+    messages = database.fetch(SQL["callback_messages"], row)
+    starts = database.fetch(SQL["starts"], row)
+    results = database.fetch(SQL["result"], row)
+    subjects = {**row, "task_ids": [part["task_id"] for part in parts]}
+    moments = [
+        *_of_chord(row),
+        *_of_parts(parts),
+        *_of_callback(messages, starts, results),
+        *(Moment(it["applied_at"], _remedy(it)) for it in database.fetch(SQL["remedies"], subjects)),
+    ]
+    returned = sum(part["state"] is not None for part in parts)
+    return Life(
+        group_id=row["group_id"],
+        callback=row["callback_name"],
+        callback_id=row["callback_id"],
+        state=row["state"],
+        returned=returned,
+        total=len(parts),
+        why=_why(row, parts, messages, starts, results),
+        moments=tuple(sorted(moments, key=lambda moment: moment.at)),
+    )
+
+
+def _of_chord(row: Row) -> Iterator[Moment]:
+    yield Moment(row["created_at"], "written down, with its callback and its header's messages")
+    if row["finished_at"] is not None:
+        what = "the error path ran" if row["state"] == "failed" else "callback dispatched"
+        yield Moment(row["finished_at"], what)
+
+
+def _of_parts(parts: list[Row]) -> Iterator[Moment]:
+    returned = sorted((part for part in parts if part["state"] is not None), key=lambda part: part["returned_at"])
+    told = returned if len(returned) <= MOST_PARTS else [returned[0], returned[-1]]
+    for part in told:
+        number = returned.index(part) + 1
+        yield Moment(part["returned_at"], f"part {number} of {len(parts)} returned: {part['task_id']} {part['state']}")
+    for part in parts:
+        if part["sent_at"] is not None and part["resends"]:
+            yield Moment(part["sent_at"], f"header task {part['task_name']}[{part['task_id']}] sent again")
+
+
+def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> Iterator[Moment]:
+    for it in messages:
+        again = f", {it['resends']} time(s) again" if it["resends"] else ""
+        yield Moment(it["sent_at"], f"callback {it['task_name']}[{it['task_id']}] sent to {it['queue']}{again}")
+    for it in starts:
+        times = f" (start number {it['starts']})" if it["starts"] > 1 else ""
+        yield Moment(it["started_at"], f"callback {it['task_id']} began{times}")
+        if it["finished_at"] is not None:
+            yield Moment(it["finished_at"], f"callback {it['task_id']} ended")
+    for it in results:
+        yield Moment(it["stored_at"], f"callback's result stored: {it['state']}")
+
+
+def _remedy(row: Row) -> str:
+    by = f" by run {row['run_id']}" if row["run_id"] else ""
+    return f"recovered{by}: {row['remedy']} ({row['diagnosis']})"
+
+
+def _why(row: Row, parts: list[Row], messages: list[Row], starts: list[Row], results: list[Row]) -> str:
+    """Where it stands. The first sentence that applies."""
+    pending = [part for part in parts if part["state"] is None]
+    failed = sum(part["state"] not in (None, "SUCCESS") for part in parts)
+    callback: Any = starts[-1] if starts else None
+    sentences: tuple[tuple[bool, Callable[[], str]], ...] = (
+        (bool(results), lambda: f"its callback has run: {results[-1]['state']}"),
+        (row["state"] == "failed", lambda: f"{failed} of {len(parts)} parts failed, so its errbacks ran instead"),
+        (callback is not None and callback["finished_at"] is not None, lambda: "its callback has run"),
+        (callback is not None and not callback["lease_over"], lambda: f"its callback runs, on {callback['worker']}"),
+        (callback is not None, lambda: "its callback began and its worker died: recovery sends it again"),
+        (bool(messages), lambda: f"its callback was sent to queue {messages[-1]['queue']} and has not begun"),
+        (row["state"] == "dispatched", lambda: "its callback was dispatched and has ended"),
+        (row["publish_error"] is not None, lambda: f"sending it raised {row['publish_error']} in the caller"),
+        (row["generating"], lambda: "its producer's generator has not come to its end"),
+        (
+            bool(pending),
+            lambda: f"{len(pending)} of {len(parts)} header tasks have not returned, first {pending[0]['task_id']}",
+        ),
+        (row["unrecoverable"] is not None, lambda: f"its callback could not be stored: {row['unrecoverable']}"),
+        (row["state"] == "claimed" and not row["claim_over"], lambda: "a process is dispatching its callback"),
+    )
+    for applies, sentence in sentences:
+        if applies:
+            return sentence()
+    return "all parts are in, and nobody has dispatched its callback: `patchpilot recover` does"

@@ -1,0 +1,94 @@
+"""The inventory of chords, and why a callback did not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import chord
+
+from patchpilot.lab.processes import until
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery.inventory import inventory, life
+from tests.support.commands import patchpilot
+from tests.support.processes import Shop
+from tests.support.shop import add, app, boom, hold, note, total
+
+
+@pytest.fixture
+def config(shop: Shop, tmp_path: Path) -> Path:
+    path = tmp_path / "patchpilot.toml"
+    path.write_text(
+        f'[postgres]\ndsn = "{shop.dsn}"\n[recovery]\nmin_age = "0s"\n'
+        f'[clusters.broker]\nrole = "broker"\nreplication_group = "b"\nendpoint = "{shop.broker}"\n'
+    )
+    return path
+
+
+def ask(config: Path, *arguments: str) -> dict[str, Any]:
+    done = patchpilot("chords", *arguments, "--config", config, "--output", "json")
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_what_is_open_stuck_and_unrecoverable(shop: Shop, config: Path) -> None:
+    assert patchpilot("chords", "--config", config).stderr == "no chord is open\n"
+    lost = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async()
+    with redis.Redis.from_url(shop.broker) as broker:
+        broker.delete("celery")
+    chord([add.s(1, 1).set(serializer="pickle")], note.s(label={1})).apply_async()
+    chord([add.s(1, 1)], total.s()).apply_async()
+    with Database(shop.dsn) as database:
+        found = {each.callback: each for each in inventory(database)}
+    assert (found[total.name].open, found[total.name].unrecoverable) == (2, 0)
+    assert (found[note.name].open, found[note.name].unrecoverable) == (1, 1)
+    answer = ask(config)
+    assert answer["open"] == 3
+    assert {it["callback"]: it["stuck"] for it in answer["by_callback"]} == {total.name: 1, note.name: 0}
+    assert [it["id"] for it in answer["stuck"]] == [lost.parent.id]
+    text = patchpilot("chords", "--config", config).stdout
+    assert total.name in text
+    assert "UNRECOVERABLE" in text
+
+
+def test_the_life_of_a_chord_says_why_its_callback_has_not_run(shop: Shop, config: Path) -> None:
+    gate = shop.directory / "gate"
+    result = chord([add.s(1, 1), hold.s(2, str(gate))], total.s().set(queue="late")).apply_async()
+
+    def why() -> str:
+        with Database(shop.dsn) as database:
+            return life(database, result.parent.id).why
+
+    assert "2 of 2 header tasks have not returned" in why()
+    shop.worker()
+    until(lambda: "1 of 2 header tasks" in why(), seconds=30, what="one had returned")
+    gate.touch()
+    until(lambda: why() == "its callback was sent to queue late and has not begun", seconds=30, what="it was sent")
+    shop.worker("-Q", "late", "-c", "1")
+    until(lambda: why() == "its callback has run: SUCCESS", seconds=30, what="it had run")
+    answer = ask(config, "show", result.id)
+    assert (answer["group_id"], answer["state"], answer["returned"]) == (result.parent.id, "dispatched", 2)
+    told = [moment["what"] for moment in answer["moments"]]
+    assert told[0].startswith("written down")
+    assert sum("returned" in what for what in told) == 2
+    assert any("callback dispatched" in what for what in told)
+    assert any("began" in what for what in told)
+    text = patchpilot("chords", "show", result.parent.id, "--config", config).stdout
+    assert "its callback has run: SUCCESS" in text
+    missing = patchpilot("chords", "show", "no-such-chord", "--config", config)
+    assert (missing.returncode, len(missing.stderr.strip().splitlines())) == (2, 1)
+
+
+def test_the_life_of_a_failed_chord_and_of_one_that_nobody_dispatched(shop: Shop) -> None:
+    failed = chord([add.s(1, 1), boom.s()], total.s()).apply_async()
+    shop.worker()
+    failed.get(timeout=30, propagate=False)
+    stranded = chord([add.s(3, 1).set(queue="nobody")], total.s()).apply_async()
+    app.backend.chords.return_part(stranded.parent.id, stranded.parent.results[0].id, "SUCCESS", 4)
+    with Database(shop.dsn) as database:
+        until(lambda: "FAILURE" in life(database, failed.id).why, seconds=30, what="the chord had failed")
+        assert "`patchpilot recover` does" in life(database, stranded.id).why
