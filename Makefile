@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean help
+.PHONY: demo test test-slow matrix lint format clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -25,6 +25,9 @@ test: $(STAMP)   ## the whole suite on real servers, in random order, under 8 mi
 test-slow: $(STAMP)  ## the longer proofs
 	$(BIN)/python -m pytest -m slow
 
+matrix: $(STAMP) ## the backend's tests over Pythons, Celerys and servers; CELLS='--help' says how to choose
+	$(BIN)/python -m tests.matrix $(CELLS)
+
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check patchpilot tests
 	$(BIN)/ruff format --check patchpilot tests
@@ -36,4 +39,4 @@ format: $(STAMP) ## ruff format and the fixes ruff is sure of
 	$(BIN)/ruff check --fix patchpilot tests
 
 clean:           ## the virtual environment, caches and reports
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab .matrix

@@ -26,6 +26,7 @@ from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.outbox import Outbox
+from patchpilot.backend.versions import check_celery
 from patchpilot.backend.waiting import ResultConsumer
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import database
@@ -45,6 +46,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
     supports_autoexpire = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_celery()
         super().__init__(*args, **kwargs)
         self.config = Config.of(self.app)
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, ReadOnlyError)

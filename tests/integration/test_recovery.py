@@ -18,6 +18,8 @@ from patchpilot.recovery import Applied, Finding, Recovery, Site, Window
 from tests.support.processes import Shop
 from tests.support.shop import add, app, becomes_hold, hold, later, note, total
 
+pytestmark = pytest.mark.backend
+
 NOW = Window(min_age=timedelta(0))
 
 

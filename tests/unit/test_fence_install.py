@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from celery import Celery, signals
 
 from patchpilot.backend.fence import Fence
 from patchpilot.postgres.connection import Database
+
+pytestmark = pytest.mark.backend
 
 
 def test_every_task_is_fenced_whenever_it_was_registered() -> None:

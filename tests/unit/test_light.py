@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.backend
+
 
 def test_the_backend_loads_neither_the_cloud_nor_the_command_line() -> None:
     script = (
