@@ -178,7 +178,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _counted(self, request: Any) -> bool:
         """Count this part in Valkey. True if that may have completed the chord."""
         member = f"{request.id}:{request.group_index}"
-        return self.counter.add(request.group, member, int(self.chord_expires or 0))
+        expires = getattr(self, "chord_expires", self.expires)  # before Celery 5.7 a chord lived as long as a result
+        return self.counter.add(request.group, member, int(expires or 0))
 
     def finish_chord(self, group_id: str, note: Note | None = None) -> bool:
         """Dispatch the callback of a complete chord, once. For workers and for recovery alike.

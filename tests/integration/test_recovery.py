@@ -167,7 +167,7 @@ def test_a_claim_is_a_lease(
     result = chord([add.s(1, 1)], total.s()).apply_async()
     broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     worker = shop.worker()
-    result.parent.get(timeout=10)
+    await_parts(shop)
     worker.stop()
     backend = app.backend
     assert backend.chords._claim(result.parent.id) is not None
@@ -185,8 +185,7 @@ def test_many_recoveries_and_the_worker_itself_dispatch_once(shop: Shop, broker:
     for result in results:
         broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     worker = shop.worker()
-    for result in results:
-        result.parent.get(timeout=10)
+    await_parts(shop)
     recoveries = [Recovery(Site(shop.broker, shop.dsn)) for _ in range(4)]
     start = threading.Barrier(len(recoveries))
     applied: list[tuple[Applied, ...]] = []
@@ -252,8 +251,7 @@ def test_one_that_cannot_be_recovered_does_not_keep_the_others_from_it(shop: Sho
     for result in stuck:
         broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     shop.worker()
-    for result in stuck:
-        result.parent.get(timeout=10)
+    await_parts(shop)
     with Database(shop.dsn) as database:
         database.execute(
             "UPDATE patchpilot.chord SET callback_type = 'application/x-python-serialize' WHERE group_id = %s",
