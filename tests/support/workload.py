@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
+import redis
 from celery import Signature, chain, chord, group
 from celery.exceptions import ChordError
 
+from patchpilot.recovery import Recovery, Site, Window
+from tests.support.processes import Shop
 from tests.support.shop import add, becomes_chain, boom, note, stubborn, total
 
 WAIT = 60
@@ -29,6 +33,19 @@ def work_of_every_kind(**more: tuple[Signature, Any]) -> None:
     sent = {name: canvas.apply_async() for name, (canvas, _) in canvases.items()}
     got = {name: outcome(result) for name, result in sent.items()}
     assert got == {name: expected for name, (_, expected) in canvases.items()}
+
+
+def work_and_recovery(shop: Shop) -> None:
+    """A producer, a worker with two children and a recovery, each with something to do. The worker stays."""
+    with Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        lost = chord([add.s(2, 3)], total.s()).apply_async()
+        with redis.Redis.from_url(shop.broker) as broker:
+            broker.delete("celery")
+        shop.worker("-c", "2")
+        [remedy] = recovery.recover(Window(min_age=timedelta(0)))
+        assert remedy.diagnosis == "header-message-lost"
+        work_of_every_kind()
+        assert lost.get(timeout=WAIT) == 5
 
 
 def outcome(result: Any) -> Any:
