@@ -9,40 +9,45 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from patchpilot.cli.console import emit, emit_table, say
-from patchpilot.errors import PatchpilotError
+from patchpilot.errors import PatchpilotError, Usage
 from tests.matrix.cell import ROOT, Bench, Cell, Outcome
 from tests.matrix.finding import WHEEL, Server, python, server, servers
 
 PYTHONS = ("3.11", "3.12", "3.13")
 CELERYS = ("5.4", "5.5", "5.6", "5.7")
+SERVERS = ("Valkey 9", "Valkey 8", "Redis 7")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    pythons = {version: python(version) for version in options.python or PYTHONS}
+    missing = [f"Python {version}" for version, interpreter in pythons.items() if interpreter is None]
     try:
+        if options.python and missing:
+            raise Usage(f"not found: {', '.join(missing)}")
         chosen = [server(name) for name in options.server] if options.server else servers()
     except PatchpilotError as error:
         say(f"matrix: {error}")
         return 2
-    found = {version: python(version) for version in options.python or PYTHONS}
-    missing = [version for version, interpreter in found.items() if interpreter is None]
-    say("servers: " + ", ".join(f"{it.name} ({it.program.name})" for it in chosen))
-    if missing:
-        say(f"not found, and not tested: Python {', '.join(missing)}")
-    if missing and options.python:
-        return 2
-    cells = _cells({key: path for key, path in found.items() if path}, options.celery, chosen, every=options.every)
+    if not options.server:
+        missing += [name for name in SERVERS if not any(it.name.startswith(f"{name}.") for it in chosen)]
+    say(f"servers: {', '.join(f'{it.name} ({it.program.name})' for it in chosen)}")
+    say(f"not found, and not tested: {', '.join(missing) or 'nothing'}")
+    cells = combine({key: path for key, path in pythons.items() if path}, options.celery, chosen, every=options.every)
     if options.list:
         emit("\n".join(map(str, cells)))
         return 0
-    return _run(cells, Bench(options.scratch.absolute(), options.extra, options.pytest))
+    return run(cells, Bench(options.scratch.absolute(), options.extra, options.pytest), missing)
 
 
-def _cells(pythons: dict[str, Path], celerys: Sequence[str], chosen: Sequence[Server], *, every: bool) -> list[Cell]:
+def combine(
+    pythons: Mapping[str, Path], celerys: Sequence[str], chosen: Sequence[Server], *, every: bool
+) -> list[Cell]:
+    """The cells to run: all combinations, or only those that say something new."""
     return [
         Cell(version, path, celery, it)
         for place, (version, path) in enumerate(pythons.items())
@@ -51,7 +56,8 @@ def _cells(pythons: dict[str, Path], celerys: Sequence[str], chosen: Sequence[Se
     ]
 
 
-def _run(cells: Sequence[Cell], bench: Bench) -> int:
+def run(cells: Sequence[Cell], bench: Bench, missing: Sequence[str] = ()) -> int:
+    """Run the cells one after the other and print the table. Returns the exit code."""
     rows: list[tuple[object, ...]] = []
     bad = 0
     for number, cell in enumerate(cells, 1):
@@ -61,7 +67,9 @@ def _run(cells: Sequence[Cell], bench: Bench) -> int:
         say(outcome.problem or f"  {outcome.passed} passed")
         rows.append(_row(cell, outcome))
     emit_table(("python", "server", "celery / kombu / redis-py", "passed", "failed", "skipped", "seconds", ""), rows)
-    emit(f"{len(cells) - bad} of {len(cells)} cells passed")
+    emit(
+        f"{len(cells) - bad} of {len(cells)} cells passed; not found, and not tested: {', '.join(missing) or 'nothing'}"
+    )
     return 1 if bad or not cells else 0
 
 

@@ -73,7 +73,7 @@ class Bench:
             [environment / "bin/python", "-m", *tests, *self._arguments], log,
             **{SERVER_VARIABLE: str(cell.server.program)},
         )  # fmt: skip
-        return _read(report, versions, "" if good else _tail(log))
+        return read(report, versions, "" if good else _tail(log))
 
     def _install(self, cell: Cell, environment: Path, log: Path) -> bool:
         log.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def _versions(environment: Path, log: Path) -> str:
     return " / ".join(json.loads(done.stdout))
 
 
-def _read(report: Path, versions: str, problem: str) -> Outcome:
+def read(report: Path, versions: str, problem: str) -> Outcome:
     """Count what pytest reported. No report, or no test that passed, is a problem as well."""
     if not report.exists():
         return Outcome(versions, problem=problem or "no report")
@@ -119,4 +119,5 @@ def _read(report: Path, versions: str, problem: str) -> Outcome:
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+    return "\n".join([*lines, f"  the whole of it: {log}"])
