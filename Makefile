@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow celery-suite bench lint format clean help
+.PHONY: demo test test-slow celery-suite matrix bench lint format clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ celery-suite: $(STAMP)  ## Celery's own integration tests on stock Redis and on 
 bench: $(STAMP)     ## what the backend and each setting cost, as ratios to stock Celery; ten minutes
 	$(BIN)/python -m bench.backends $(ARGS)
 
+matrix: $(STAMP) ## the backend's tests over Pythons, Celerys and servers; CELLS='--help' says how to choose
+	$(BIN)/python -m tests.matrix $(CELLS)
+
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check patchpilot tests bench
 	$(BIN)/ruff format --check patchpilot tests bench
@@ -42,4 +45,4 @@ format: $(STAMP) ## ruff format and the fixes ruff is sure of
 	$(BIN)/ruff check --fix patchpilot tests bench
 
 clean:           ## the virtual environment, caches and reports
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab .matrix

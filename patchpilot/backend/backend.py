@@ -32,6 +32,7 @@ from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
 from patchpilot.backend.sockets import insisting
+from patchpilot.backend.versions import check_celery
 from patchpilot.backend.waiting import ResultConsumer
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Row, database
@@ -55,6 +56,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
     persistent = False
 
     def __init__(self, *args: Any, app: Celery, **kwargs: Any) -> None:
+        check_celery()
         set_unless_set(app.conf, RESULTS)
         super().__init__(*args, app=app, **kwargs)
         self.connparams: dict[str, Any] = insisting(self.connparams)
@@ -247,7 +249,11 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _counted(self, request: Any) -> bool:
         """Count this part in Valkey. True if that may have completed the chord."""
         member = f"{request.id}:{request.group_index}"
-        return self.counter.add(request.group, member, int(self.chord_expires or 0))
+        return self.counter.add(request.group, member, self._keys_expire())
+
+    def _keys_expire(self) -> int:
+        """The time to live of a chord's keys in seconds; 0 for none. Before Celery 5.7 it was that of results."""
+        return int(getattr(self, "chord_expires", self.expires) or 0)
 
     def finish_chord(self, group_id: str, spare: Any = None) -> bool:
         """Dispatch the callback of a chord, if it is complete and nobody else does.
@@ -278,7 +284,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 - what cannot be decoded must not keep the chord from failing
             logger.info("The parts of chord %s are in PostgreSQL only: %r", group_id, error)
         else:
-            self.counter.leave(group_id, encoded, int(self.chord_expires or 0), ordered=self._chord_zset)
+            self.counter.leave(group_id, encoded, self._keys_expire(), ordered=self._chord_zset)
 
     def _on_repetition(self, request: Any) -> None:
         """A task that has run is not run again. But its process may have died before it saw to its chord."""

@@ -7,6 +7,7 @@ caller: publishing a task must not fail because a subscription did.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -29,6 +30,10 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     _pubsub: Any
     _asked_at = 0.0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._let_go: deque[str] = deque()
+
     @contextmanager
     def reconnect_on_error(self) -> Iterator[None]:
         # Celery's waits up to 20 s for a connection here, in whoever's thread: a producer's, a finaliser's at exit.
@@ -38,12 +43,20 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         self._calmly(lambda: super(ResultConsumer, self).start(initial_task_id, **kwargs))
 
     def consume_from(self, task_id: str) -> None:
+        self._calmly(self._unsubscribe)
         self._calmly(lambda: super(ResultConsumer, self).consume_from(task_id))
 
     def cancel_for(self, task_id: str) -> None:
-        self._calmly(lambda: super(ResultConsumer, self).cancel_for(task_id))
+        # The garbage collector calls this for a result that nobody has any more, perhaps in the middle of another call
+        # here, and some versions of redis-py then wait for their own lock for ever. So the next call does it.
+        self._let_go.append(task_id)
+
+    def _unsubscribe(self) -> None:
+        while self._let_go:
+            super().cancel_for(self._let_go.popleft())
 
     def drain_events(self, timeout: float | None = None) -> None:
+        self._calmly(self._unsubscribe)
         if not self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout)):
             SYSTEM.sleep(min(timeout or 0.1, 0.1))
         now = SYSTEM.monotonic()

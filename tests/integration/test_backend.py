@@ -15,6 +15,8 @@ from tests.conftest import shop_on
 from tests.support.processes import Shop
 from tests.support.shop import add, app, becomes_chain, becomes_two, boom, grows, note, quiet, stubborn, total
 
+pytestmark = pytest.mark.backend
+
 WAIT = 30
 
 

@@ -7,6 +7,7 @@ import signal
 from datetime import timedelta
 
 import psutil
+import pytest
 import redis
 from celery import chain, chord
 
@@ -15,6 +16,8 @@ from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, note, total
+
+pytestmark = pytest.mark.backend
 
 NOW = Window(min_age=timedelta(0))
 

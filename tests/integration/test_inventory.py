@@ -17,6 +17,8 @@ from tests.support.commands import patchpilot
 from tests.support.processes import Shop
 from tests.support.shop import add, app, boom, hold, note, total
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def config(shop: Shop, tmp_path: Path) -> Path:

@@ -26,6 +26,8 @@ from tests.conftest import forget_connections, shop_on
 from tests.support.processes import ROOT, Shop
 from tests.support.shop import add, app, note, total
 
+pytestmark = pytest.mark.backend
+
 NOW = Window(min_age=timedelta(0))
 
 

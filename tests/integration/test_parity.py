@@ -18,6 +18,8 @@ from tests.conftest import shop_on
 from tests.support.processes import Shop
 from tests.support.shop import add, app, boom, grows, mourn, note, quiet, total
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture(scope="module")
 def shop(

@@ -17,6 +17,8 @@ from tests.support.commands import patchpilot
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, note, total
 
+pytestmark = pytest.mark.backend
+
 TABLES = ("result", "saved_group", "chord", "chord_part", "outbox", "fence")
 
 

@@ -19,6 +19,8 @@ from patchpilot.recovery import Applied, Finding, Recovery, Site, Window
 from tests.support.processes import Shop
 from tests.support.shop import add, app, becomes_hold, hold, later, note, total
 
+pytestmark = pytest.mark.backend
+
 NOW = Window(min_age=timedelta(0))
 
 counts_in_valkey = pytest.mark.parametrize("counting", ["valkey"], indirect=True)
@@ -191,7 +193,7 @@ def test_a_claim_is_a_lease(
     result = chord([add.s(1, 1)], total.s()).apply_async()
     broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     worker = shop.worker()
-    result.parent.get(timeout=10)
+    await_parts(shop)
     worker.stop()
     backend = app.backend
     assert backend.finisher._claim([result.parent.id], str(uuid4()))
@@ -210,8 +212,7 @@ def test_many_recoveries_and_the_worker_itself_dispatch_once(shop: Shop, broker:
     for result in results:
         broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     worker = shop.worker()
-    for result in results:
-        result.parent.get(timeout=10)
+    await_parts(shop)
     recoveries = [Recovery(Site(shop.broker, shop.dsn)) for _ in range(4)]
     start = threading.Barrier(len(recoveries))
     await_stuck(recoveries[0], len(results))
@@ -282,8 +283,7 @@ def test_one_that_cannot_be_recovered_does_not_keep_the_others_from_it(shop: Sho
     for result in stuck:
         broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     shop.worker()
-    for result in stuck:
-        result.parent.get(timeout=10)
+    await_parts(shop)
     with Database(shop.dsn) as database:
         database.execute(
             "UPDATE patchpilot.chord SET callback_type = 'application/x-python-serialize' WHERE group_id = %s",

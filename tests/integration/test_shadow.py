@@ -21,6 +21,8 @@ from tests.conftest import shop_on
 from tests.support.processes import Shop
 from tests.support.shop import add, app, boom, grows, note, total
 
+pytestmark = pytest.mark.backend
+
 NOW = Window(min_age=timedelta(0))
 
 

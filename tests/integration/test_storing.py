@@ -20,6 +20,8 @@ from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
 from tests.support.shop import add, app, note
 
+pytestmark = pytest.mark.backend
+
 NOW = Window(min_age=timedelta(0))
 
 

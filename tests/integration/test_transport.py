@@ -34,6 +34,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+pytestmark = pytest.mark.backend
+
+
 @pytest.fixture
 def away(
     lab_roster: Roster, tmp_path: Path, replicated: ReplicaSet, migrated: str, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery, Task, chain, group
+from celery.result import allow_join_result
 
 import patchpilot
 from patchpilot.clock import SYSTEM
@@ -142,3 +143,10 @@ def becomes_chain(self: Task, value: int) -> Any:
 def grows(self: Task, value: int) -> int:
     self.add_to_chord(add.s(value, 10))
     return value
+
+
+@app.task
+def asks(x: int, y: int) -> int:
+    """Wait for another task, as nobody should and many do."""
+    with allow_join_result():
+        return int(add.delay(x, y).get(timeout=60))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
 from celery import Celery, signals
 
 from patchpilot.backend.config import FenceMode
 from patchpilot.backend.fence import Fence
 from patchpilot.postgres.connection import Database
+
+pytestmark = pytest.mark.backend
 
 
 def test_every_task_is_fenced_whenever_it_was_registered() -> None:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.backend
+
 
 def test_the_package_alone_loads_nothing() -> None:
     script = (

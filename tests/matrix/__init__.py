@@ -1,0 +1,1 @@
+"""`make matrix`: the backend's own tests over Pythons, Celerys and servers."""
