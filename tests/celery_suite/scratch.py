@@ -27,6 +27,15 @@ _NEEDED = ("pytest", "pytest-rerunfailures", "pytest-subtests", "pytest-timeout"
 # These ask which backend they run on by the beginning of its URL, and skip if it is not stock Redis.
 _ASKED = re.compile(r"\b(result_backend|TEST_BACKEND)\.startswith\(")
 
+# Some tests rely on the worker that a test before them has started. Alone, or in a second session, there is none.
+_WORKER_FOR_ALL = """
+import pytest
+
+@pytest.fixture(scope="session", autouse=True)
+def worker_for_all(celery_session_worker):
+    yield
+"""
+
 
 class Scratch:
     """A folder outside the tree for whatever is fetched and written. What was fetched serves the next run too.
@@ -78,6 +87,7 @@ class Scratch:
         changed = sum(_let_run(file) for file in (suite / "t" / "integration").glob("*.py"))
         if not changed:
             raise NeedsOperator(f"Celery {self.version} asks for its backend in a way that is not known here")
+        (suite / "conftest.py").write_text(_WORKER_FOR_ALL, encoding="utf-8")
         return suite
 
     def install(self, suite: Path, site: Path) -> None:

@@ -99,7 +99,7 @@ def test_recover_says_what_it_would_do_and_does_it_once(shop: Shop) -> None:
     with redis.Redis.from_url(shop.broker) as broker:
         broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     shop.worker()
-    result.parent.get(timeout=10)
+    result.parent.get(timeout=30)
     path = config(shop.directory, shop.dsn, shop.broker)
     recover = ["recover", "--min-age", "0s", "--config", path]
     nothing = patchpilot("recover", "--config", path, "--output", "json")
@@ -132,7 +132,7 @@ def test_recover_says_what_it_would_do_and_does_it_once(shop: Shop) -> None:
     answers = [json.loads(command.communicate(timeout=60)[0]) for command in commands]
     assert [command.returncode for command in commands] == [0, 0]
     assert sum(len(answer["applied"]) for answer in answers) == 1
-    assert result.get(timeout=10) == 2
+    assert result.get(timeout=30) == 2
     shop.stop()
     assert shop.ledger().count("total 2") == 1
 
@@ -148,7 +148,7 @@ def test_recover_killed_at_any_moment_strands_nothing(shop: Shop) -> None:
             broker.delete(f"celery-taskset-meta-{result.parent.id}.s")
     shop.worker()
     for result in results:
-        result.parent.get(timeout=10)
+        result.parent.get(timeout=30)
     path = config(shop.directory, shop.dsn, shop.broker, '[recovery]\nclaim_lease = "3s"\n')
     command = [
         sys.executable,

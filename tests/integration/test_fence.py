@@ -26,16 +26,16 @@ def test_a_callback_that_is_delivered_twice_runs_once(shop: Shop) -> None:
     result = chord([add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
     shop.worker()
     with redis.Redis.from_url(shop.broker) as broker:
-        until(lambda: broker.llen("callbacks") == 1, seconds=20, what="the callback was queued")
+        until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
         [message] = broker.lrange("callbacks", 0, -1)
         broker.lpush("callbacks", message, message)
         worker = shop.worker("-Q", "callbacks", "-c", "2")
-        assert result.get(timeout=10) == 2
+        assert result.get(timeout=30) == 2
         until(
-            lambda: worker.output().count("is not run again") == 2, seconds=20, what="the other deliveries were dropped"
+            lambda: worker.output().count("is not run again") == 2, seconds=30, what="the other deliveries were dropped"
         )
         broker.lpush("callbacks", message)
-        until(lambda: worker.output().count("is not run again") == 3, seconds=20, what="a late one was dropped")
+        until(lambda: worker.output().count("is not run again") == 3, seconds=30, what="a late one was dropped")
     assert shop.ledger().count("total 2") == 1
 
 
@@ -44,18 +44,18 @@ def test_a_second_delivery_while_it_runs_does_not_run_and_loses_nothing(shop: Sh
     result = chord([add.s(1, 1)], hold.s(str(gate)).set(queue="callbacks")).apply_async()
     shop.worker()
     with redis.Redis.from_url(shop.broker) as broker:
-        until(lambda: broker.llen("callbacks") == 1, seconds=20, what="the callback was queued")
+        until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
         [message] = broker.lrange("callbacks", 0, -1)
         worker = shop.worker("-Q", "callbacks", "-c", "2")
         shop.await_line("hold began")
         broker.lpush("callbacks", message)
         until(
-            lambda: worker.output().count("is not run again") == 1, seconds=20, what="the second delivery was dropped"
+            lambda: worker.output().count("is not run again") == 1, seconds=30, what="the second delivery was dropped"
         )
     with Database(shop.dsn) as database:
         assert len(database.fetch("SELECT FROM patchpilot.outbox WHERE task_id = %s", [result.id])) == 1
     gate.touch()
-    assert result.get(timeout=10) == [2]
+    assert result.get(timeout=30) == [2]
     assert shop.ledger().count("hold began") == 1
 
 
@@ -69,7 +69,7 @@ def test_a_callback_whose_pool_process_was_killed_runs_again(shop: Shop) -> None
     os.kill(child.pid, signal.SIGKILL)
     shop.await_line("hold began", count=2)
     gate.touch()
-    assert result.get(timeout=10) == [2]
+    assert result.get(timeout=30) == [2]
     assert shop.ledger().count("hold ended") == 1
 
 
@@ -85,7 +85,7 @@ def test_a_callback_whose_pool_process_was_killed_has_not_failed(shop: Shop) -> 
         until(lambda: recovery.recover(NOW) != (), seconds=40, what="the callback was sent again")
     shop.await_line("hold began", count=2)
     gate.touch()
-    assert result.get(timeout=10) == [2]
+    assert result.get(timeout=30) == [2]
 
 
 def test_a_callback_whose_machine_was_lost_runs_again_after_recovery(shop: Shop) -> None:
@@ -100,7 +100,7 @@ def test_a_callback_whose_machine_was_lost_runs_again_after_recovery(shop: Shop)
         until(lambda: recovery.recover(NOW) != (), seconds=40, what="the callback was sent again")
         shop.await_line("hold began", count=2)
         gate.touch()
-        assert result.get(timeout=10) == [2]
+        assert result.get(timeout=30) == [2]
         assert [row["starts"] for row in recovery.repeated_starts(timedelta(hours=1))] == [2]
 
 
@@ -115,12 +115,12 @@ def test_a_long_callback_keeps_its_lease(shop: Shop) -> None:
             return database.fetch("SELECT lease_until FROM patchpilot.fence")[0]["lease_until"]
 
         first = lease()
-        until(lambda: lease() != first, seconds=10, what="the lease was renewed")
+        until(lambda: lease() != first, seconds=30, what="the lease was renewed")
         gate.touch()
-        assert result.get(timeout=10) == [2]
+        assert result.get(timeout=30) == [2]
         finished = {"finished": True, "starts": 1}
         sql = "SELECT finished_at IS NOT NULL AS finished, starts FROM patchpilot.fence"
-        until(lambda: database.fetch(sql) == [finished], seconds=10, what="its one start was over")
+        until(lambda: database.fetch(sql) == [finished], seconds=30, what="its one start was over")
 
 
 def deliver_again(shop: Shop, task_id: str) -> None:
@@ -179,7 +179,7 @@ def test_without_the_fence_a_callback_runs_as_often_as_it_is_delivered(shop: Sho
     result = chord([add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
     shop.worker(SHOP_FENCE="off")
     with redis.Redis.from_url(shop.broker) as broker:
-        until(lambda: broker.llen("callbacks") == 1, seconds=20, what="the callback was queued")
+        until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
     deliver_again(shop, result.id)
     shop.worker("-Q", "callbacks", "-c", "1", SHOP_FENCE="off")
     shop.await_line("total 2", count=2)

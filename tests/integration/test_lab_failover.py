@@ -44,7 +44,7 @@ class Writer:
 
     def await_writes(self, count: int) -> None:
         goal = len(self.acknowledged) + count
-        until(lambda: len(self.acknowledged) >= goal, seconds=10, what="writes were acknowledged")
+        until(lambda: len(self.acknowledged) >= goal, seconds=30, what="writes were acknowledged")
 
     def _write(self) -> None:
         number = 0

@@ -52,7 +52,7 @@ def await_parts(shop: Shop) -> None:
     """Wait until every part is on record. A recovery before that would make the worker itself ask PostgreSQL."""
     with Database(shop.dsn) as database:
         missing = "SELECT 1 FROM patchpilot.chord_part WHERE state IS NULL"
-        until(lambda: database.fetch(missing) == [], seconds=20, what="every part had returned")
+        until(lambda: database.fetch(missing) == [], seconds=30, what="every part had returned")
 
 
 def await_stuck(recovery: Recovery, count: int = 1) -> None:
@@ -77,7 +77,7 @@ def test_nothing_is_found_where_nothing_is_stuck(shop: Shop, recovery: Recovery)
     assert recovery.recover(NOW) == ()
     gate.touch()
     shop.await_line("total 7")
-    assert finished.get(timeout=10) == 2
+    assert finished.get(timeout=30) == 2
     assert recovery.survey(NOW) == ()
 
 
@@ -88,17 +88,17 @@ def test_a_lost_part_return(shop: Shop, recovery: Recovery, broker: redis.Redis)
     shop.worker()
     shop.await_line("hold began")
     key = f"celery-taskset-meta-{result.parent.id}.d"
-    until(lambda: broker.scard(key) == 1, seconds=10, what="the first part was counted")
+    until(lambda: broker.scard(key) == 1, seconds=30, what="the first part was counted")
     broker.delete(key)
     gate.touch()
-    until(lambda: broker.scard(key) == 1, seconds=10, what="the second part was counted")
+    until(lambda: broker.scard(key) == 1, seconds=30, what="the second part was counted")
     assert recovery.survey(NOW) == ()
     await_stuck(recovery)
     found = only(recovery.survey(NOW))
     assert (found.kind, found.id, found.diagnosis) == ("chord", result.parent.id, "part-return-lost")
     assert (found.callback, found.returned, found.total) == (total.name, 2, 2)
     assert only(recovery.recover(NOW)).id == result.parent.id
-    assert result.get(timeout=10) == 7
+    assert result.get(timeout=30) == 7
     assert recovery.recover(NOW) == ()
     assert shop.ledger().count("total 7") == 1
     assert broker.keys("celery-taskset-meta-*") == []
@@ -111,21 +111,21 @@ def test_a_lost_header_message(shop: Shop, recovery: Recovery, broker: redis.Red
     assert (found.kind, found.id, found.diagnosis) == ("chord", result.parent.id, "header-message-lost")
     shop.worker()
     assert only(recovery.recover(NOW)).diagnosis == "header-message-lost"
-    assert result.get(timeout=10) == 12
+    assert result.get(timeout=30) == 12
     assert sorted(shop.ledger()) == ["add 0 0", "add 1 1", "add 2 2", "add 3 3", "total 12"]
 
 
 def test_a_lost_callback_message(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
     result = chord([add.s(1, 1), add.s(2, 2)], total.s().set(queue="callbacks")).apply_async()
     shop.worker()
-    until(lambda: broker.llen("callbacks") == 1, seconds=20, what="the callback was queued")
+    until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
     broker.delete("callbacks")
     found = only(recovery.survey(NOW))
     assert (found.kind, found.id, found.diagnosis) == ("callback", result.parent.id, "callback-message-lost")
     assert found.callback == total.name
     assert only(recovery.recover(NOW)).kind == "callback"
     shop.worker("-Q", "callbacks", "-c", "1")
-    assert result.get(timeout=10) == 6
+    assert result.get(timeout=30) == 6
     assert shop.ledger().count("total 6") == 1
 
 
@@ -136,7 +136,7 @@ def test_a_lost_message_of_a_task_that_is_in_no_chord(shop: Shop, recovery: Reco
     assert (found.kind, found.id, found.diagnosis) == ("task", result.id, "message-lost")
     recovery.recover(NOW)
     shop.worker()
-    assert result.get(timeout=10) == 21
+    assert result.get(timeout=30) == 21
     assert recovery.survey(NOW) == ()
 
 
@@ -153,7 +153,7 @@ def test_what_a_dead_worker_had_taken_goes_back_into_its_queue(shop: Shop, recov
     recovery.recover(NOW)
     gate.touch()
     shop.worker()
-    assert result.get(timeout=10) == 5
+    assert result.get(timeout=30) == 5
     assert shop.ledger().count("total 5") == 1
 
 
@@ -167,7 +167,7 @@ def test_a_worker_that_lives_but_does_not_answer_keeps_what_it_may_have(shop: Sh
     assert (found.id, found.diagnosis, found.curable) == (result.id, "unknown", False)
     assert recovery.recover(NOW) == ()
     gate.touch()
-    assert result.get(timeout=20) == 3
+    assert result.get(timeout=30) == 3
     assert shop.ledger() == ["hold began", "hold ended"]
 
 
@@ -181,7 +181,7 @@ def test_what_is_assumed_to_be_lost_is_sent_again(shop: Shop, recovery: Recovery
     assert only(recovery.sweep(NOW, assume_lost=True).applied).diagnosis == "abandoned"
     gate.touch()
     shop.await_line("hold ended", count=2)
-    assert result.get(timeout=20) == 3
+    assert result.get(timeout=30) == 3
 
 
 @counts_in_valkey
@@ -199,10 +199,10 @@ def test_a_claim_is_a_lease(
     assert backend.finisher._claim([result.parent.id], str(uuid4()))
     assert recovery.survey(NOW) == ()
     assert backend.finish_chord(result.parent.id) is False
-    until(lambda: recovery.survey(NOW) != (), seconds=10, what="the lease was over")
+    until(lambda: recovery.survey(NOW) != (), seconds=30, what="the lease was over")
     assert only(recovery.recover(NOW)).diagnosis == "dispatch-interrupted"
     shop.worker()
-    assert result.get(timeout=10) == 2
+    assert result.get(timeout=30) == 2
     assert shop.ledger().count("total 2") == 1
 
 
@@ -228,7 +228,7 @@ def test_many_recoveries_and_the_worker_itself_dispatch_once(shop: Shop, broker:
     for thread in threads:
         thread.join()
     assert sorted(each.id for done in applied for each in done) == sorted(result.parent.id for result in results)
-    assert [result.get(timeout=10) for result in results] == [[i + 1] for i in range(8)]
+    assert [result.get(timeout=30) for result in results] == [[i + 1] for i in range(8)]
     worker.stop()
     assert [shop.ledger().count(f"note{i} [{i + 1}]") for i in range(8)] == [1] * 8
     for recovery in recoveries:
@@ -310,7 +310,7 @@ def test_retries_and_replaced_tasks_are_not_sent_again(shop: Shop, recovery: Rec
     shop.worker("-n", "same@h", "-c", "2")
     shop.await_line("replaced began")
     shop.await_line("retried 0")
-    until(lambda: recovery.recover(NOW) != () or "retried 1" in shop.ledger(), seconds=20, what="the retry ran")
+    until(lambda: recovery.recover(NOW) != () or "retried 1" in shop.ledger(), seconds=30, what="the retry ran")
     gate.touch()
     shop.await_line("replaced ended")
     shop.await_line("add 40 2")
@@ -329,8 +329,8 @@ def test_a_row_that_is_locked_for_a_moment_is_not_forgotten(shop: Shop) -> None:
         gate.touch()
         with Database(shop.dsn) as database:
             returned = "SELECT 1 FROM patchpilot.chord_part WHERE state IS NOT NULL"
-            until(lambda: database.fetch(returned) != [], seconds=10, what="the last part had returned")
-    assert result.get(timeout=20) == 2
+            until(lambda: database.fetch(returned) != [], seconds=30, what="the last part had returned")
+    assert result.get(timeout=30) == 2
 
 
 @counts_in_valkey

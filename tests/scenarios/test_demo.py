@@ -59,13 +59,13 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     )
     until(lambda: any("patchpilot.lab.sample" in line for line in left()), seconds=60, what="its workers ran")
     os.killpg(demo.pid, signal.SIGINT)  # Ctrl-C goes to the whole group
-    until(lambda: ignores_interrupts(demo.pid) or demo.poll() is not None, seconds=20, what="it was cleaning up")
+    until(lambda: ignores_interrupts(demo.pid) or demo.poll() is not None, seconds=30, what="it was cleaning up")
     os.killpg(demo.pid, signal.SIGINT)  # impatience must not disturb the cleaning up
     said, _ = demo.communicate(timeout=60)
     assert demo.returncode == Exit.RESUME_LATER, said
     assert said.splitlines()[-1] == "interrupted; everything it started is stopped"
     assert "Traceback" not in said
-    until(lambda: left() == [], seconds=20, what="everything was gone")
+    until(lambda: left() == [], seconds=30, what="everything was gone")
     assert list(folder.iterdir()) == []
 
 

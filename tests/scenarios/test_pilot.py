@@ -60,7 +60,7 @@ def test_killed_in_mid_watch_it_is_taken_up_and_the_update_is_applied_once(lab_r
         assert rival.returncode == Exit.LOCK_HELD
         assert f"pid {first.process.pid}" in rival.stderr.replace("process", "pid")
         assert len(rival.stderr.strip().splitlines()) == 1
-        until(lambda: it.calls("BatchApplyUpdateAction") == 1, seconds=20, what="the update was applied")
+        until(lambda: it.calls("BatchApplyUpdateAction") == 1, seconds=30, what="the update was applied")
         first.process.send_signal(signal.SIGKILL)
         assert first.end()[0] == -signal.SIGKILL
         second = it.run("--output", "json")

@@ -38,12 +38,16 @@ FROM unnest(%(task_ids)s::text[]) WITH ORDINALITY AS header (task_id, position)
 SELECT group_id FROM patchpilot.chord WHERE group_id = %(group_id)s FOR UPDATE
 
 -- name: grow
--- Under the chord's lock. Growing twice by the same task is growing once.
+-- Under the chord's lock. Growing twice by the same task is growing once. What is added comes last, also behind what a
+-- generator has yet to produce.
 INSERT INTO patchpilot.chord_part (group_id, position, task_id)
-SELECT %(group_id)s, coalesce(max(position), -1) + 1, %(task_id)s
-FROM patchpilot.chord_part
-WHERE group_id = %(group_id)s
-HAVING coalesce(bool_and(task_id <> %(task_id)s), true)
+SELECT c.group_id, greatest(part.next, CASE WHEN c.generating OR c.size > 0 THEN 1000000 ELSE 0 END), %(task_id)s
+FROM patchpilot.chord c
+CROSS JOIN LATERAL (
+    SELECT coalesce(max(p.position), -1) + 1 AS next, coalesce(bool_or(p.task_id = %(task_id)s), false) AS grown
+    FROM patchpilot.chord_part p WHERE p.group_id = c.group_id
+) part
+WHERE c.group_id = %(group_id)s AND NOT part.grown
 
 -- name: grown
 -- Where a generator produces the header, parts are counted as well: not all of them are known before they return.
@@ -57,7 +61,7 @@ FROM patchpilot.chord c
 CROSS JOIN LATERAL (
     SELECT count(*) AS count, max(p.position) + 1 AS next,
            coalesce(bool_or(p.position = %(position)s), false) AS taken,
-           coalesce(bool_or(p.position = %(position)s AND p.task_id = %(task_id)s), false) AS foreseen
+           coalesce(bool_or(p.task_id = %(task_id)s), false) AS foreseen
     FROM patchpilot.chord_part p WHERE p.group_id = c.group_id
 ) part
 WHERE c.group_id = %(group_id)s AND (c.generating OR c.size > part.count) AND NOT part.foreseen
