@@ -37,6 +37,7 @@ STOCK = "stock redis://"
 SETUPS: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     "patchpilot, as it comes": {},
+    "prepared_statements": {"patchpilot_prepared_statements": True},
     "counting = valkey": {"patchpilot_counting": "valkey"},
     "journal_messages = False": {"patchpilot_journal_messages": False},
     "fence = all": {"patchpilot_fence": "all"},

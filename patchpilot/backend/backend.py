@@ -62,7 +62,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.connparams: dict[str, Any] = insisting(self.connparams)
         self.config = Config.of(self.app)
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, ReadOnlyError)
-        self.database = database(self.config.dsn, self.config.postgres_budget)
+        self.database = database(
+            self.config.dsn, budget=self.config.postgres_budget, prepare=self.config.prepared_statements
+        )
         self.outbox = Outbox(self.app, self.database, self.config.journal)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.finisher = Finisher(self.app, self.database, self, self.outbox, self.config)

@@ -102,6 +102,8 @@ class Config:
     fence: FenceMode = FenceMode.CALLBACKS
     strict: bool = False
     """Whether a callback that cannot be stored unchanged fails the dispatch, before anything is published."""
+    prepared_statements: bool = False
+    """Whether PostgreSQL keeps prepared statements for our sessions: faster, but not behind a transaction pooler."""
     claim_lease: timedelta = timedelta(seconds=30)
     """How long one process may take to join a chord's results and publish its callback before another may."""
     fence_lease: timedelta = timedelta(seconds=30)
@@ -127,6 +129,7 @@ class Config:
             journal=_choice(app, "patchpilot_journal_messages", Journal, cls.journal),
             fence=_fence(app),
             strict=_read(app, "patchpilot_strict", _flag, cls.strict),
+            prepared_statements=_read(app, "patchpilot_prepared_statements", _flag, cls.prepared_statements),
             claim_lease=_read(app, "patchpilot_claim_lease", _span, cls.claim_lease),
             fence_lease=_read(app, "patchpilot_fence_lease", _span, cls.fence_lease),
             retention=_read(app, "patchpilot_retention", _span, cls.retention),

@@ -1,8 +1,8 @@
 """One PostgreSQL connection per process, opened when first needed, reopened when lost.
 
 Workers fork, so a connection belongs to the process that opened it: a child opens its own and leaves its parent's
-alone. Nothing here relies on session state (no prepared statements, no LISTEN, no advisory locks held between
-statements), so a transaction pooler may stand in between.
+alone. Nothing here relies on session state (no LISTEN, no advisory locks held between statements, no prepared
+statements unless asked for), so a transaction pooler may stand in between.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ class Database:
 
     :param dsn: a libpq connection string or URL. Never logged, never part of an error.
     :param budget: how long, in seconds, a lost connection is retried before the caller hears of it.
+    :param prepare: keep prepared statements on the server, which is faster, and session state: not behind a transaction
+        pooler.
     """
 
-    def __init__(self, dsn: str, *, budget: float = 10.0, clock: Clock = SYSTEM) -> None:
+    def __init__(self, dsn: str, *, budget: float = 10.0, prepare: bool = False, clock: Clock = SYSTEM) -> None:
         self._dsn = dsn
+        self._prepare_after = 2 if prepare else None
         self._budget = budget
         self._clock = clock
         self._lock = threading.RLock()
@@ -110,7 +113,7 @@ class Database:
                     self._dsn,
                     row_factory=dict_row,
                     connect_timeout=CONNECT_TIMEOUT,
-                    prepare_threshold=None,
+                    prepare_threshold=self._prepare_after,
                     autocommit=True,
                     application_name="patchpilot",
                 )
@@ -135,10 +138,10 @@ _databases: dict[str, Database] = {}
 _databases_lock = threading.Lock()
 
 
-def database(dsn: str, budget: float = 10.0) -> Database:
-    """The process-wide :class:`Database` for ``dsn``. The first caller's ``budget`` stands."""
+def database(dsn: str, *, budget: float = 10.0, prepare: bool = False) -> Database:
+    """The process-wide :class:`Database` for ``dsn``. What the first caller asks for stands."""
     with _databases_lock:
-        return _databases.setdefault(dsn, Database(dsn, budget=budget))
+        return _databases.setdefault(dsn, Database(dsn, budget=budget, prepare=prepare))
 
 
 def _rows(connection: Connection, sql: LiteralString, params: Sequence[Any] | dict[str, Any]) -> list[Row]:
