@@ -39,8 +39,16 @@ SQL = queries("chords")
 BACKLOG = 10_000
 """How many records may wait to be written before more are dropped."""
 
+TRIES, PAUSE = 100, 0.05
+"""How often, and after how many seconds, a record is tried again that came too early: the end of a message, say, whose
+producer is slower to write it down than a worker is to run it."""
+
 LAST_SECONDS = 2.0
 """How long a worker that shuts down waits for what is still to be written."""
+
+
+class TooEarly(Exception):
+    """What this record is about has not been written down yet, by another process."""
 
 
 class Recorder:
@@ -50,15 +58,18 @@ class Recorder:
         self._database = database
         self._pid = 0
         self._starting = threading.Lock()
-        self._waiting: queue.Queue[Work] = queue.Queue(BACKLOG)
+        self._waiting: queue.Queue[tuple[Work, int]] = queue.Queue(BACKLOG)
         self.dropped = 0
 
-    def put(self, work: Work) -> None:
-        """Have ``work`` written some time soon. Returns at once."""
+    def put(self, work: Work, tries: int = TRIES) -> None:
+        """Have ``work`` written some time soon. Returns at once.
+
+        :param tries: how often, should it raise :class:`TooEarly`.
+        """
         if self._pid != os.getpid():  # a thread does not survive a fork
             self._start()
         try:
-            self._waiting.put_nowait(work)
+            self._waiting.put_nowait((work, tries))
         except queue.Full:
             self._drop("too much is waiting")
 
@@ -77,9 +88,13 @@ class Recorder:
 
     def _write(self) -> None:
         while True:
-            work = self._waiting.get()
+            work, tries = self._waiting.get()
             try:
                 self._database.run(work)
+            except TooEarly:
+                if tries > 1:
+                    SYSTEM.sleep(PAUSE)
+                    self.put(work, tries - 1)
             except Exception as error:  # noqa: BLE001 - whatever it is, the application must not hear of it
                 self._drop(str(error))
             finally:
@@ -100,7 +115,7 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
         self.database = Database(self.config.dsn, budget=0)
         self.recorder = Recorder(self.database)
         journal = Journal.OFF if self.config.journal is Journal.OFF else Journal.WARN
-        self.outbox = Outbox(self.app, self.database, journal, shadow=True, run=self.recorder.put)
+        self.outbox = ShadowOutbox(self.app, self.database, journal, shadow=True, run=self.recorder.put)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.outbox.install()
         Heartbeat(Database(self.config.dsn, budget=0)).install()
@@ -119,13 +134,13 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
         self._quietly(lambda: self.recorder.put(self.chords.growing(group_id, result.id)))
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
-        self._quietly(lambda: self._record_part(request, state, result))
         if not request.group:
             super().on_chord_part_return(request, state, result, **kwargs)
             return
         with callback_of(request.group):
             super().on_chord_part_return(request, state, result, **kwargs)
-        self.recorder.put(_over(request.group))
+        # After the callback's message, if that was the last part: then the chord is over.
+        self._quietly(lambda: self._record_part(request, state, result))
 
     def cleanup(self) -> None:
         """Remove what is over from the record. Celery's own results expire by themselves."""
@@ -135,7 +150,7 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
     def _record_part(self, request: Any, state: str, result: Any) -> None:
         payload = ensure_bytes(self.encode(self.encode_result(result, state)))
         row = {"group_id": request.group, "task_id": request.id, "state": state, "payload": payload}
-        self.recorder.put(lambda connection: _run(connection, row))
+        self.recorder.put(lambda connection: _return_part(connection, row))
 
     def _quietly(self, record: Callable[[], None]) -> None:
         try:
@@ -149,15 +164,21 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
         self.recorder.flush()
 
 
-def _run(connection: Connection, row: dict[str, Any]) -> None:
-    connection.execute(SQL["return_part"], row)
+class ShadowOutbox(Outbox):
+    """Written by producers and workers, each in its own time."""
+
+    def end(self, message_id: str) -> None:
+        def write(connection: Connection) -> None:
+            if not connection.execute(queries("outbox")["end"], {"message_ids": [message_id]}).rowcount:
+                raise TooEarly
+
+        self._run(write)
 
 
-def _over(group_id: str) -> Work:
-    def write(connection: Connection) -> None:
-        connection.execute(SQL["shadow_over"], {"group_id": group_id})
-
-    return write
+def _return_part(connection: Connection, row: dict[str, Any]) -> None:
+    if connection.execute(SQL["return_part"], row).fetchone() is None:
+        raise TooEarly
+    connection.execute(SQL["shadow_over"], row)
 
 
 def _on_postrun(task: Any = None, state: str | None = None, **_: Any) -> None:
