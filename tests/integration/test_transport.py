@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError
 
 import patchpilot
 from patchpilot.backend.sockets import NotPrimary, PrimarySSLConnection, insisting
+from patchpilot.errors import NeedsOperator
 from patchpilot.lab.links import Link
 from patchpilot.lab.processes import until
 from patchpilot.lab.replicas import ReplicaSet, Windows
@@ -86,7 +87,10 @@ class Stream:
 def carries_on(shop: Shop, worker: Worker, label: str) -> None:
     """The worker consumes, its pool publishes and stores results, and nothing has exited."""
     relay.delay(label, 4)
-    shop.await_line(f"{label} 0", seconds=60)
+    try:
+        shop.await_line(f"{label} 0", seconds=60)
+    except NeedsOperator as error:
+        raise AssertionError(f"{error}; the worker: {worker.output()[-4000:]}") from error
     assert add.delay(1, 2).get(timeout=60) == 3
     assert worker.process.poll() is None, worker.output()[-2000:]
 
