@@ -7,7 +7,7 @@ that neither hangs on a socket that nobody answers. Everything else is kombu's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -20,6 +20,7 @@ from kombu.utils.functional import dictfilter
 from kombu.utils.url import as_url, parse_url
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from patchpilot.backend import sockets
 from patchpilot.clock import SYSTEM
@@ -38,6 +39,8 @@ def with_defaults(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The user's transport options, completed. What the user says stands, None included."""
     return {**DEFAULTS, **(options or {})}
 
+
+_LOST = (RedisConnectionError, RedisTimeoutError, OSError)
 
 _KOMBU_CHECKS = hasattr(redis.MultiChannelPoller, "maybe_check_brpop_health")
 
@@ -62,6 +65,18 @@ class Poller(redis.MultiChannelPoller):  # type: ignore[misc]
     the one socket, takes the next message over a new one, and loses it when it writes that down over an old one.
     """
 
+    def on_poll_start(self) -> None:
+        self._end_what_is_lost()
+        super().on_poll_start()
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        self._end_what_is_lost()  # before kombu 5.7, on_poll_start is for the event loop only
+        return super().get(*args, **kwargs)
+
+    def _end_what_is_lost(self) -> None:
+        for channel in self._channels:
+            channel.end_if_lost()
+
     def maybe_check_brpop_health(self) -> None:
         for channel in self._channels:
             channel.insist_on_answer()
@@ -72,8 +87,40 @@ class Poller(redis.MultiChannelPoller):  # type: ignore[misc]
         return super().maybe_restore_messages()
 
 
+class QoS(redis.QoS):  # type: ignore[misc]
+    """Writes down what was delivered and what is done with, over a fresh connection if the one at hand is lost.
+
+    Celery logs an acknowledgement that fails and goes on. The message then counts against the prefetch limit for good,
+    and once the limit is reached a worker neither reads from its broker nor notices anything, so the channel ends.
+    """
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        self._persistently(super().append, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        self._persistently(super().ack, delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self._persistently(super().reject, delivery_tag, requeue)
+
+    def _persistently(self, write: Callable[..., None], *args: Any) -> None:
+        self.channel.end_if_lost()
+        try:
+            write(*args)
+        except _LOST:
+            try:
+                write(*args)  # each may be done twice
+            except _LOST as error:
+                self.channel.lost = error
+                raise
+
+
 class Channel(redis.Channel):  # type: ignore[misc]
     """A channel whose connections lead to a primary."""
+
+    QoS = QoS
+    lost: Exception | None = None
+    """Why the channel has to end."""
 
     connection_class = sockets.PrimaryConnection
     connection_class_ssl = sockets.PrimarySSLConnection
@@ -104,6 +151,10 @@ class Channel(redis.Channel):  # type: ignore[misc]
     def _brpop_start(self, *args: Any, **kwargs: Any) -> None:
         self._asked_at = SYSTEM.monotonic()
         super()._brpop_start(*args, **kwargs)
+
+    def end_if_lost(self) -> None:
+        if self.lost is not None:
+            raise self.lost
 
     def insist_on_answer(self) -> None:
         """Give the connection up if the reply to its BRPOP, which the server delays by a second at most, is overdue.

@@ -24,7 +24,7 @@ from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import ValkeyNode
 from tests.conftest import forget_connections, shop_on
 from tests.support.processes import Shop, Worker
-from tests.support.shop import add, app, quiet, relay
+from tests.support.shop import add, app, hold, quiet, relay
 from tests.support.tls import TlsFront
 
 # The user's own settings: what is waited for below passes quickly.
@@ -111,6 +111,11 @@ def clients(node: ValkeyNode) -> list[str]:
     return [command for flags, command in seen if "M" not in flags and command != "client|list"]
 
 
+def greetings(node: ValkeyNode) -> int:
+    """How often a node was asked for its role, which every new connection does."""
+    return int(node.ask(lambda client: client.info("commandstats"))["cmdstat_hello"]["calls"])
+
+
 def test_sockets_closed_at_the_failover(away: Shop, replicated: ReplicaSet) -> None:
     worker = away.worker("-c", "2")
     carries_on(away, worker, "before")
@@ -130,7 +135,8 @@ def test_half_open_sockets(away: Shop, replicated: ReplicaSet) -> None:
             new.await_sync(old)
             hole.freeze()
             new.promote()
-            until(lambda: "Connection to broker lost" in worker.output(), seconds=60, what="the worker noticed")
+            known = hole.connections
+            until(lambda: hole.connections > known, seconds=60, what="somebody came back, and into the hole")
             replicated.link.retarget(new.address)
         carries_on(away, worker, "after")
 
@@ -139,8 +145,9 @@ def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: Re
     worker = away.worker("-c", "2")
     carries_on(away, worker, "before")
     with Stream():
+        asked = greetings(replicated.primary)
         old, new = demote(replicated)
-        until(lambda: "not to the primary" in worker.output(), seconds=60, what="the worker came back too early")
+        until(lambda: greetings(old) > asked + 5, seconds=60, what="they came back too early, again and again")
         replicated.link.retarget(new.address)
     carries_on(away, worker, "after")
     forget_connections(app)  # this process would count as well
@@ -153,6 +160,32 @@ def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: Re
     assert worker.process.poll() is None
 
 
+def test_an_acknowledgement_that_fails_does_not_stop_the_worker(away: Shop, replicated: ReplicaSet) -> None:
+    """It counts against the prefetch limit, so the worker would not read again, nor notice anything."""
+    worker = away.worker("-c", "1", SHOP_ACKS_LATE="1")
+    gate = away.directory / "gate"
+    hold.delay(None, str(gate))
+    away.await_line("hold began")
+    _, new = demote(replicated)
+    gate.touch()
+    until(lambda: "Couldn't ack" in worker.output(), seconds=60, what="the acknowledgement failed")
+    replicated.link.retarget(new.address)
+    carries_on(away, worker, "after")
+
+
+def test_an_acknowledgement_takes_a_fresh_connection(replicated: ReplicaSet) -> None:
+    """Or the message would come again when the visibility timeout is over."""
+    with Connection(replicated.endpoint, transport="patchpilot.transport:Transport") as connection:
+        queue = connection.SimpleQueue("queue")
+        queue.put("message")
+        message = queue.get(timeout=10)
+        _, new = demote(replicated)
+        replicated.link.retarget(new.address)
+        assert new.ask(lambda client: client.hlen("unacked")) == 1
+        message.ack()
+        assert new.ask(lambda client: client.hlen("unacked")) == 0
+
+
 @pytest.mark.slow
 def test_a_demoted_primary_ends_a_worker_on_kombus_own_transport(away: Shop, replicated: ReplicaSet) -> None:
     """Why the transport is there at all."""
@@ -162,6 +195,20 @@ def test_a_demoted_primary_ends_a_worker_on_kombus_own_transport(away: Shop, rep
     replicated.link.retarget(new.address)
     until(lambda: worker.process.poll() is not None, seconds=60, what="the worker had ended")
     assert "UNBLOCKED" in worker.output()
+
+
+def test_the_options_reach_the_sockets(valkey: str) -> None:
+    with producer(valkey) as publisher:
+        publisher.conf.broker_transport_options = {"socket_timeout": 3}
+        with publisher.connection_for_write() as connection:
+            channel = connection.default_channel
+            for pool in (channel.pool, channel.async_pool):
+                made = pool.make_connection()
+                assert (made.socket_timeout, made.socket_connect_timeout, made.health_check_interval) == (3, 5, 5)
+                assert made.socket_keepalive
+                assert made.socket_keepalive_options
+            # The event loop takes its timers from here.
+            assert connection.transport_options["health_check_interval"] == 5
 
 
 def test_a_publish_survives_losing_its_connection_again_and_again(replicated: ReplicaSet) -> None:
