@@ -34,6 +34,10 @@ logger = get_logger(__name__)
 
 SQL = queries("chords")
 
+# Chords that this process publishes while a generator produces their header, and the latest that it has. Backends are
+# one a thread and application; a chord, its header and its messages may go by different ones.
+_generated: Any = LRUCache(limit=10_000)
+
 
 Work = Callable[[Connection], None]
 
@@ -81,8 +85,6 @@ class Chords:
         self._config = config
         outbox.foresee = self.foresee
         self._warned: set[str] = set()
-        # The chords whose header a generator produced in this process, as far as anybody may still ask.
-        self._generated: Any = LRUCache(limit=10_000)
 
     def open(self, group_id: str, header: Sequence[Any], callback: Signature, *, shadow: bool = False) -> None:
         """Record a chord: which tasks belong to it, what it calls, and how that is published.
@@ -96,7 +98,7 @@ class Chords:
         self._check(callback.name, group_id, stored)
         generating = isinstance(header, _regen)
         if generating:
-            self._generated[group_id] = True
+            _generated[group_id] = True
         known = () if generating else tuple(header)
         row = {
             "group_id": group_id,
@@ -118,12 +120,12 @@ class Chords:
 
     def foresee(self, connection: Connection, part: Part) -> None:
         """A message of a header that a generator produces is written down: so is the part that it will bring."""
-        if part.group_id in self._generated and connection.execute(SQL["lock"], part._asdict()).fetchone():
+        if part.group_id in _generated and connection.execute(SQL["lock"], part._asdict()).fetchone():
             connection.execute(SQL["foresee"], part._asdict())
 
     def generated(self, group_id: str, size: int) -> None:
         """The generator of a header is at its end, after ``size`` tasks. The last one is still to be published."""
-        if group_id in self._generated:
+        if group_id in _generated:
             self._database.execute(SQL["generated"], {"group_id": group_id, "size": size})
 
     def _check(self, name: str, group_id: str, stored: Stored) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from uuid import uuid4
 
@@ -67,6 +68,25 @@ def test_a_generator_produces_a_header_while_it_is_published(shop: Shop) -> None
     assert parts[:5] == [1, 5, 20, 800, 4003]
     assert sorted(parts[5:]) == [30, 10_010, 20_010]
     assert sum(line.startswith("all of it") for line in shop.ledger()) == 1
+
+
+def test_a_generator_s_tasks_are_on_record_before_they_are_sent(shop: Shop) -> None:
+    """Also where a thread sends them, which has a backend of its own."""
+    add.delay(0, 0).get(timeout=30)  # this thread has one by now
+    header = (add.s(place, place).set(queue="nowhere") for place in range(3))
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(chord(header, total.s()).apply_async).result()
+    with Database(shop.dsn) as database:
+        group_id = {"group_id": result.parent.id}
+        parts = database.fetch(
+            "SELECT task_id FROM patchpilot.chord_part WHERE group_id = %(group_id)s ORDER BY position", group_id
+        )
+        [stored] = database.fetch(
+            "SELECT generating, size FROM patchpilot.chord WHERE group_id = %(group_id)s", group_id
+        )
+        database.execute("DELETE FROM patchpilot.outbox WHERE group_id = %(group_id)s", group_id)
+    assert [row["task_id"] for row in parts] == [child.id for child in result.parent.results]
+    assert stored == {"generating": False, "size": 3}
 
 
 def test_a_generator_of_groups(shop: Shop) -> None:
