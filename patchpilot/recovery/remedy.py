@@ -6,6 +6,7 @@ between leaves a chord whose claim ends, or a message that is in the outbox and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 
 from celery import Celery
@@ -116,12 +117,12 @@ class Remedies:
                 row["body"],
                 exchange=row["exchange"],
                 routing_key=row["routing_key"],
-                headers=row["headers"],
+                headers=json.loads(row["headers"]),
                 content_type=row["content_type"],
                 content_encoding=row["content_encoding"],
                 retry=True,
                 retry_policy=app.conf.task_publish_retry_policy,
-                **row["properties"],
+                **json.loads(row["properties"]),
             )
 
     def _requeue(self, tag: str) -> None:
