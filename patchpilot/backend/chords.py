@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 from uuid import uuid4
 
 from celery import Celery, states
@@ -107,19 +107,22 @@ class Chords:
         self._config = config
         self._warned: set[str] = set()
 
-    def open(self, group_id: str, header: Sequence[Any], callback: Signature, *, shadow: bool = False) -> None:
+    def open(
+        self, group_id: str, header: Sequence[Any], callback: Signature, *, flat: bool = False, shadow: bool = False
+    ) -> None:
         """Record a chord: which tasks belong to it, what it calls, and how that is published.
 
         :param header: the frozen results of the header's tasks.
+        :param flat: whether the callback gets the results of a group in the header one by one, not as a list.
         :raises EncodeError: if the callback cannot be stored unchanged, and the configuration is strict.
         """
         of_tasks = routes(self._app, callback)
         stored = store(callback, serializer_of(of_tasks, callback, self._app.conf.task_serializer))
         self._check(callback.name, group_id, stored)
-        nested = any(isinstance(result, GroupResult) for result in header)
+        nested = not flat and any(isinstance(result, GroupResult) for result in header)
         row = {
             "group_id": group_id,
-            "callback_id": callback.options.get("task_id") or group_id,
+            "callback_id": str(callback.options.get("task_id") or group_id),
             "callback_name": callback.name,
             "callback": stored.payload,
             "callback_type": stored.content_type,
@@ -296,12 +299,12 @@ def _leaves(result: Any) -> Iterator[str]:
         for child in result.results:
             yield from _leaves(child)
     else:
-        yield cast("str", result.id)
+        yield str(result.id)
 
 
 def _shape(result: Any) -> Any:
     """A task's id, or a list of shapes for a group."""
-    return [_shape(child) for child in result.results] if isinstance(result, GroupResult) else result.id
+    return [_shape(child) for child in result.results] if isinstance(result, GroupResult) else str(result.id)
 
 
 def _filled(shape: Any, values: dict[str, Any]) -> Any:
