@@ -5,6 +5,7 @@ The ledger is a file: each line is one execution, appended in one write. It shar
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ app.conf.update(
     worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
     broker_transport_options={"socket_timeout": 10, "health_check_interval": 5},
 )
+app.conf.update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))
 
 
 def write(line: str) -> None:
