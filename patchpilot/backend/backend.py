@@ -83,7 +83,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
         payload = self.encode(meta)
-        row = {"task_id": task_id, "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
+        row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
         try:
             if getattr(request, "patchpilot_done", None) == task_id:
                 request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
@@ -105,7 +105,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         nothing = {"scope": None, "attempt": None, "owner": None}
         return {
             **(nothing if start is None else start.row()),
-            "group_id": request.group if in_chord else None,
+            "group_id": str(request.group) if in_chord else None,
             "payload": ensure_bytes(self.encode(result)) if in_chord else None,
             "message_id": getattr(request, MESSAGE_ID, None),
         }
@@ -145,23 +145,23 @@ class Backend(RedisBackend):  # type: ignore[misc]
         return [meta for meta in metas if meta["status"] in states.READY_STATES]
 
     def _forget(self, task_id: str) -> None:
-        self.database.execute(SQL["forget"], {"task_id": task_id})
+        self.database.execute(SQL["forget"], {"task_id": str(task_id)})
 
     def _save_group(self, group_id: str, result: Any) -> Any:
         payload = ensure_bytes(self.encode({"result": result.as_tuple()}))
-        row = {"group_id": group_id, "meta": payload, "expires": self._lifetime(states.SUCCESS)}
+        row = {"group_id": str(group_id), "meta": payload, "expires": self._lifetime(states.SUCCESS)}
         self.database.execute(SQL["save_group"], row)
         return result
 
     def _restore_group(self, group_id: str) -> dict[str, Any] | None:
-        for row in self.database.fetch(SQL["get_group"], {"group_id": group_id}):
+        for row in self.database.fetch(SQL["get_group"], {"group_id": str(group_id)}):
             meta: dict[str, Any] = self.decode(row["meta"])
             meta["result"] = result_from_tuple(meta["result"], self.app)
             return meta
         return None
 
     def _delete_group(self, group_id: str) -> None:
-        self.database.execute(SQL["delete_group"], {"group_id": group_id})
+        self.database.execute(SQL["delete_group"], {"group_id": str(group_id)})
 
     def cleanup(self) -> None:
         """Remove what is over. Celery beat calls this once a day, by its task ``celery.backend_cleanup``."""
@@ -201,15 +201,16 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def apply_chord(self, header_result_args: Any, body: Signature, **_: Any) -> None:
         group_id, results = header_result_args[:2]
-        self.chords.open(group_id, results, body)
+        self.chords.open(str(group_id), results, body)
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
-        self.chords.generated(group_id, chord_size)
-        if self.config.counting is Counting.VALKEY:
+        self.chords.generated(str(group_id), chord_size)
+        # Celery also counts a group at the end of a chain in a header, whose parts return to the chord around it.
+        if self.config.counting is Counting.VALKEY and self.outbox.opens(str(group_id)):
             super().set_chord_size(group_id, chord_size)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
-        self.chords.grow(chord_id, result.id)
+        self.chords.grow(str(chord_id), str(result.id))
         if self.config.counting is Counting.VALKEY:
             self.ensure(lambda: self.client.incr(self.get_key_for_group(chord_id, ".t")), ())
 
@@ -219,9 +220,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **kwargs: Any) -> None:
         """A header task ended. Whatever goes wrong here, its own outcome stands: recovery finishes what is left."""
-        task_id, group_id = request.id, request.group
-        if not task_id or not group_id:
+        if not request.id or not request.group:
             return
+        task_id, group_id = str(request.id), str(request.group)
         try:
             chord = self._returned(request, state, result)
             if chord is None:  # sent by a producer that does not use this backend yet
@@ -242,9 +243,9 @@ class Backend(RedisBackend):  # type: ignore[misc]
         if getattr(request, "patchpilot_ended", False):
             part: Waiting | None = request.patchpilot_part
         else:
-            part = self.chords.return_part(request.group, request.id, state, result)
+            part = self.chords.return_part(str(request.group), str(request.id), state, result)
         if part is not None and part.live and part.unforeseen:
-            this = Part(request.group, request.id, request.group_index or 0)
+            this = Part(str(request.group), str(request.id), request.group_index or 0)
             part = self.chords.return_unforeseen(this, state, result)
         return part
 
@@ -291,7 +292,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _on_repetition(self, request: Any) -> None:
         """A task that has run is not run again. But its process may have died before it saw to its chord."""
         if request.chord is not None and request.group:
-            self.finish_chord(request.group, spare=request.chord)
+            self.finish_chord(str(request.group), spare=request.chord)
 
 
 def _on_postrun(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 from celery import Celery
@@ -102,7 +102,7 @@ class Chords:
         known = () if generating else tuple(header)
         row = {
             "group_id": group_id,
-            "callback_id": callback.options.get("task_id") or group_id,
+            "callback_id": str(callback.options.get("task_id") or group_id),
             "callback_name": callback.name,
             "callback": stored.payload,
             "callback_type": stored.content_type,
@@ -202,9 +202,9 @@ def _leaves(result: Any) -> Iterator[str]:
         for child in result.results:
             yield from _leaves(child)
     else:
-        yield cast("str", result.id)
+        yield str(result.id)
 
 
 def _shape(result: Any) -> Any:
     """A task's id, or a list of shapes for a group."""
-    return [_shape(child) for child in result.results] if isinstance(result, GroupResult) else result.id
+    return [_shape(child) for child in result.results] if isinstance(result, GroupResult) else str(result.id)

@@ -31,7 +31,8 @@ from celery.exceptions import Ignore, Reject
 from celery.utils.log import get_logger
 from celery.utils.nodenames import gethostname
 
-from patchpilot.backend.config import CALLBACK_OF, FOLLOWS, MESSAGE_ID, FenceMode
+from patchpilot.backend.config import FenceMode
+from patchpilot.backend.message import attempt_of, scope_of
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
@@ -120,18 +121,14 @@ class Fence:
 
     def _scope(self, request: Any) -> str | None:
         """What the start of this task belongs to; None if it needs no fence."""
-        scope: str | None = getattr(request, CALLBACK_OF, None) or getattr(request, FOLLOWS, None)
-        if scope is None and self._mode is FenceMode.ALL:
-            scope = getattr(request, MESSAGE_ID, None)
-        return scope
+        return scope_of(vars(request), everything=self._mode is FenceMode.ALL)
 
     def _begin(self, request: Any, scope: str) -> Start:
         """Claim the start of a task.
 
         :raises Ignore: it has run already, or is running.
         """
-        attempt = f"{request.retries or 0}/{request.replaced_task_nesting or 0}"
-        start = Start(request.id, attempt, scope, str(uuid4()))
+        start = Start(str(request.id), attempt_of(vars(request)), scope, str(uuid4()))
         if self._start(start):
             return start
         rows = self._database.fetch(SQL["look"], start.row())

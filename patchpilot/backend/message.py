@@ -12,7 +12,6 @@ from celery._state import get_current_worker_task
 from celery.app import amqp
 from kombu.serialization import dumps
 from kombu.utils import json
-from psycopg.types.json import Jsonb
 
 from patchpilot.backend.config import CALLBACK_OF, FOLLOWS, MESSAGE_ID
 
@@ -23,8 +22,8 @@ _STEERING = frozenset({
 })  # fmt: skip
 
 _COLUMNS = (
-    "message_id", "task_id", "task_name", "group_id", "callback_of", "exchange", "routing_key", "queue", "headers",
-    "properties", "body", "content_type", "content_encoding", "eta", "expires",
+    "message_id", "task_id", "task_name", "group_id", "callback_of", "scope", "attempt", "exchange", "routing_key",
+    "queue", "headers", "properties", "body", "content_type", "content_encoding", "eta", "expires",
 )  # fmt: skip
 
 
@@ -75,20 +74,36 @@ class Message:
         properties = {key: value for key, value in self.options.items() if key not in _STEERING}
         return (
             self.id,
-            self.headers["id"],
+            str(self.headers["id"]),
             self.name,
             self.group_id,
             self.callback_of,
+            scope_of(self.headers, everything=True),
+            attempt_of(self.headers),
             getattr(exchange, "name", exchange),
             self.options.get("routing_key") or "",
             getattr(declared[0], "name", None) if declared else None,
-            Jsonb(self.headers, dumps=json.dumps),
-            Jsonb(properties, dumps=json.dumps),
+            json.dumps(self.headers).encode(),
+            json.dumps(properties).encode(),
             self.payload,
             *self.content,
             _moment(self.headers.get("eta")),
             _moment(self.headers.get("expires")),
         )
+
+
+def scope_of(headers: Mapping[str, Any], *, everything: bool) -> str | None:
+    """What the start of this message's task belongs to, for the fence.
+
+    :param everything: whether a task that follows from no other one has a scope too: its message.
+    """
+    scope = headers.get(CALLBACK_OF) or headers.get(FOLLOWS) or (headers.get(MESSAGE_ID) if everything else None)
+    return _text(scope)
+
+
+def attempt_of(headers: Mapping[str, Any]) -> str:
+    """Retries and replacements: a retry is a start of its own."""
+    return f"{headers.get('retries') or 0}/{headers.get('replaced_task_nesting') or 0}"
 
 
 def columns(messages: Sequence[Message]) -> dict[str, list[Any]]:
@@ -142,8 +157,7 @@ def _before(task_id: str) -> str | None:
     request = task.request
     following = [*(request.chain or ())[-1:], *(request.callbacks or ())]
     if any((each.get("options") or {}).get("task_id") == task_id for each in following if isinstance(each, Mapping)):
-        before: str = getattr(request, MESSAGE_ID, None) or request.id
-        return before
+        return str(getattr(request, MESSAGE_ID, None) or request.id)
     return None
 
 
@@ -151,10 +165,14 @@ def _chord_of(headers: Mapping[str, Any], body: Any) -> str | None:
     """The chord that waits for this message, or for the end of the chain that it starts."""
     embed = body[2]
     if embed.get("chord") is not None:
-        group: str | None = headers.get("group")
-        return group
+        return _text(headers.get("group"))
     options = _last(embed).get("options") or {}
-    return options.get("group_id") if options.get("chord") is not None else None
+    return _text(options.get("group_id")) if options.get("chord") is not None else None
+
+
+def _text(task_id: Any) -> str | None:
+    """An id as text: to Celery a UUID is as good."""
+    return None if task_id is None else str(task_id)
 
 
 def _part_of(headers: Mapping[str, Any], body: Any) -> Part | None:
@@ -162,12 +180,12 @@ def _part_of(headers: Mapping[str, Any], body: Any) -> Part | None:
     if group_id is None:
         return None
     if body[2].get("chord") is not None:
-        return Part(group_id, headers["id"], headers.get("group_index") or 0)
+        return Part(group_id, str(headers["id"]), headers.get("group_index") or 0)
     last = _last(body[2])
     options = last["options"]
     if last.get("subtask_type") or not options.get("task_id"):
         return None
-    return Part(group_id, options["task_id"], options.get("group_index") or 0)
+    return Part(group_id, str(options["task_id"]), options.get("group_index") or 0)
 
 
 def _last(embed: Mapping[str, Any]) -> Mapping[str, Any]:

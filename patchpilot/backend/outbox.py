@@ -136,6 +136,11 @@ class Outbox:
         else:
             _announced.set(Dispatch([opening], at_once=AT_ONCE if at_once else 1))
 
+    def opens(self, group_id: str) -> bool:
+        """Whether chord ``group_id`` is being opened here and now."""
+        dispatch = _current.get() or _announced.get() or Dispatch()
+        return group_id in dispatch.opened or any(opening.group_id == group_id for opening in dispatch.openings)
+
     def publish(self, message: Message, producer: Any) -> None:
         """Publish a message, or hold it back until the dispatch that it belongs to is complete.
 

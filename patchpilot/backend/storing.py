@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery.canvas import Signature
+from kombu.exceptions import EncodeError
 from kombu.serialization import dumps, loads
 from kombu.utils.encoding import ensure_bytes
 
@@ -24,7 +25,10 @@ class Stored:
 
 
 def store(callback: Signature, serializer: str) -> Stored:
-    """Serialise ``callback`` as its own message will be, and look whether it comes back as it was."""
+    """Serialise ``callback`` as its own message will be, and look whether it comes back as it was.
+
+    :raises EncodeError: if it cannot be read again at all: no worker could read it either.
+    """
     try:
         content_type, encoding, payload = dumps(callback, serializer=serializer)
     except Exception as error:  # noqa: BLE001 - a serialiser raises what it likes
@@ -32,7 +36,11 @@ def store(callback: Signature, serializer: str) -> Stored:
         return Stored(flaw=f"{serializer} cannot store {place}: {' '.join(str(error).split())}")
     if serializer == "pickle":  # gives back what it was given
         return Stored(ensure_bytes(payload), content_type, encoding)
-    found = _difference(callback, loads(payload, content_type, encoding, force=True))
+    try:
+        again = loads(payload, content_type, encoding, force=True)
+    except Exception as error:
+        raise EncodeError(f"{serializer} cannot read what it wrote of {callback.name}: {callback!r}") from error
+    found = _difference(callback, again)
     return Stored(ensure_bytes(payload), content_type, encoding, found and f"{serializer} changes {found}")
 
 

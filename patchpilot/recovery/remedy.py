@@ -7,6 +7,7 @@ They come in batches, each with a constant number of statements.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,12 +138,12 @@ class Remedies:
                     row["body"],
                     exchange=row["exchange"],
                     routing_key=row["routing_key"],
-                    headers=row["headers"],
+                    headers=json.loads(row["headers"]),
                     content_type=row["content_type"],
                     content_encoding=row["content_encoding"],
                     retry=True,
                     retry_policy=app.conf.task_publish_retry_policy,
-                    **row["properties"],
+                    **json.loads(row["properties"]),
                 )
 
     def _requeue(self, tags: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from datetime import timedelta
@@ -129,8 +130,8 @@ def deliver_again(shop: Shop, task_id: str) -> None:
         [row] = database.fetch("SELECT * FROM patchpilot.outbox WHERE task_id = %s", [task_id])
     with app.producer_pool.acquire(block=True) as producer:
         producer.publish(
-            row["body"], exchange=row["exchange"], routing_key=row["routing_key"], headers=row["headers"],
-            content_type=row["content_type"], content_encoding=row["content_encoding"], **row["properties"],
+            row["body"], exchange=row["exchange"], routing_key=row["routing_key"], headers=json.loads(row["headers"]),
+            content_type=row["content_type"], content_encoding=row["content_encoding"], **json.loads(row["properties"]),
         )  # fmt: skip
 
 

@@ -80,11 +80,13 @@ CREATE TABLE patchpilot.outbox (
     task_name        text NOT NULL,
     group_id         text,             -- the chord whose header this message belongs to
     callback_of      text,             -- the chord whose callback this message is
+    scope            text NOT NULL,    -- with the attempt: the start in the fence that this message would be
+    attempt          text NOT NULL,
     exchange         text NOT NULL,
     routing_key      text NOT NULL,
     queue            text,
-    headers          jsonb NOT NULL,
-    properties       jsonb NOT NULL,
+    headers          bytea NOT NULL,   -- JSON, but jsonb takes no NUL, which a representation of arguments may hold
+    properties       bytea NOT NULL,
     body             bytea NOT NULL,
     content_type     text NOT NULL,
     content_encoding text NOT NULL,

@@ -51,9 +51,7 @@ LEFT JOIN LATERAL (
     SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
            bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running
     FROM patchpilot.fence
-    WHERE fence.scope = coalesce(o.callback_of, o.headers ->> 'patchpilot_follows', o.message_id::text)
-      AND fence.task_id = o.task_id
-      AND fence.attempt = (o.headers ->> 'retries') || '/' || coalesce(o.headers ->> 'replaced_task_nesting', '0')
+    WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
 ) f ON true
 WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
 ORDER BY o.sent_at, o.message_id
