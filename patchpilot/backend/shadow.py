@@ -25,6 +25,7 @@ from kombu.utils.encoding import ensure_bytes
 from patchpilot.backend.chords import Chords
 from patchpilot.backend.config import MESSAGE_ID, Config, Journal
 from patchpilot.backend.heartbeat import Heartbeat
+from patchpilot.backend.message import Message
 from patchpilot.backend.outbox import Outbox, Work, callback_of
 from patchpilot.backend.purge import purge
 from patchpilot.clock import SYSTEM, Backoff
@@ -45,6 +46,10 @@ producer is slower to write it down than a worker is to run it."""
 
 LAST_SECONDS = 2.0
 """How long a worker that shuts down waits for what is still to be written."""
+
+
+# The chords whose callback this process has just published.
+_dispatched: set[str] = set()
 
 
 class TooEarly(Exception):
@@ -139,17 +144,22 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
             return
         with callback_of(request.group):
             super().on_chord_part_return(request, state, result, **kwargs)
-        # After the callback's message, if that was the last part: then the chord is over.
-        self._quietly(lambda: self._record_part(request, state, result))
+        # Its message may have ended before this is written, so what was dispatched is told and not asked for.
+        dispatched = request.group in _dispatched
+        _dispatched.discard(request.group)
+        self._quietly(lambda: self._record_part(request, state, result, dispatched))
 
     def cleanup(self) -> None:
         """Remove what is over from the record. Celery's own results expire by themselves."""
         with suppress(PatchpilotError):
             purge(self.database, self.config.retention)
 
-    def _record_part(self, request: Any, state: str, result: Any) -> None:
+    def _record_part(self, request: Any, state: str, result: Any, dispatched: bool) -> None:
         payload = ensure_bytes(self.encode(self.encode_result(result, state)))
-        row = {"group_id": request.group, "task_id": request.id, "state": state, "payload": payload}
+        row = {
+            "group_id": str(request.group), "task_id": str(request.id), "state": state, "payload": payload,
+            "dispatched": dispatched,
+        }  # fmt: skip
         self.recorder.put(lambda connection: _return_part(connection, row))
 
     def _quietly(self, record: Callable[[], None]) -> None:
@@ -166,6 +176,11 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
 
 class ShadowOutbox(Outbox):
     """Written by producers and workers, each in its own time."""
+
+    def publish(self, message: Message, producer: Any) -> None:
+        if message.callback_of is not None:
+            _dispatched.add(message.callback_of)
+        super().publish(message, producer)
 
     def end(self, message_id: str) -> None:
         def write(connection: Connection) -> None:

@@ -33,8 +33,8 @@ app.conf.update(
     patchpilot_mode=os.environ.get("SHOP_MODE", "durable"),
     worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
     accept_content=os.environ.get("SHOP_ACCEPT", "json").split(","),
-    **json.loads(os.environ.get("SHOP_SETTINGS", "{}")),
 )
+app.conf.update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))
 if os.environ.get("SHOP_STOCK") != "1":
     patchpilot.install(app)
 

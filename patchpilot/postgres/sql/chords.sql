@@ -134,13 +134,13 @@ SET state = 'open', claim_token = NULL, claim_until = NULL
 WHERE group_id = ANY(%(group_ids)s) AND claim_token = %(token)s
 
 -- name: shadow_over
--- In shadow mode Celery's own backend dispatches: the chord is over when its callback's message is on record, or when
--- all parts are in and one of them failed.
+-- In shadow mode Celery's own backend dispatches: the chord is over when it has done so, or when all parts are in and
+-- one of them failed.
 UPDATE patchpilot.chord c
-SET state = CASE WHEN failed THEN 'failed' ELSE 'dispatched' END::patchpilot.chord_state, finished_at = now()
+SET state = CASE WHEN part.failed AND NOT %(dispatched)s THEN 'failed' ELSE 'dispatched' END::patchpilot.chord_state, finished_at = now()
 FROM (
     SELECT bool_or(state <> 'SUCCESS') AS failed, bool_and(state IS NOT NULL) AS complete
     FROM patchpilot.chord_part WHERE group_id = %(group_id)s
 ) part
-WHERE c.group_id = %(group_id)s AND c.shadow AND c.state = 'open' AND part.complete
-  AND (part.failed OR EXISTS (SELECT FROM patchpilot.outbox o WHERE o.callback_of = c.group_id))
+WHERE c.group_id = %(group_id)s AND c.shadow AND c.state = 'open'
+  AND (%(dispatched)s OR (part.complete AND part.failed))
