@@ -6,7 +6,8 @@ backend for connecting, key names and serialising, and replaces whatever a failo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -90,9 +91,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 request.patchpilot_ended = True
             else:
                 self.database.execute(SQL["store"], row)
-        except PatchpilotError:
-            if request is not None:
-                request.patchpilot_keep = True  # the task has no end on record, so its message must not go either
+        except PatchpilotError as error:
+            if state not in states.READY_STATES:  # STARTED, RETRY, progress: not worth a task
+                logger.warning("State %s of %s was not recorded: %s", state, task_id, error)
+                return result
             raise
         if state in states.READY_STATES:
             self._notify(task_id, payload)
@@ -175,7 +177,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     ) -> None:
         if request is not None and state == states.SUCCESS:
             request.patchpilot_done = task_id  # its result, its part, its message and its start go in one statement
-        super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
+        with _left_to_recovery(task_id, request):
+            super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
 
     def mark_as_failure(self, task_id: str, exc: Any, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
@@ -184,12 +187,15 @@ class Backend(RedisBackend):  # type: ignore[misc]
             # message stays in the outbox, and recovery sends it again once the lease of the dead process is over.
             logger.error("Callback %s is left to recovery: its process was killed", task_id)
             return
-        super().mark_as_failure(task_id, exc, *args, **kwargs)
-        self._ended_outside(request)
+        with _left_to_recovery(task_id, request):
+            super().mark_as_failure(task_id, exc, *args, **kwargs)
+            self._ended_outside(request)
 
     def mark_as_revoked(self, task_id: str, *args: Any, **kwargs: Any) -> None:
-        super().mark_as_revoked(task_id, *args, **kwargs)
-        self._ended_outside(kwargs.get("request"))
+        request = kwargs.get("request")
+        with _left_to_recovery(task_id, request):
+            super().mark_as_revoked(task_id, *args, **kwargs)
+            self._ended_outside(request)
 
     def _ended_outside(self, request: Any) -> None:
         """A worker's main process ended a task: lost, timed out, revoked or expired. No postrun signal follows."""
@@ -293,6 +299,19 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """A task that has run is not run again. But its process may have died before it saw to its chord."""
         if request.chord is not None and request.group:
             self.finish_chord(str(request.group), spare=request.chord)
+
+
+@contextmanager
+def _left_to_recovery(task_id: str, request: Any) -> Iterator[None]:
+    """A task has ended, and PostgreSQL is away for longer than anybody waits. That must not change how it ended, and
+    Celery would call it failed if it heard of this. Its message stays in the outbox, so recovery sends it again."""
+    try:
+        yield
+    except PatchpilotError as error:
+        if request is None:
+            raise
+        request.patchpilot_keep = True
+        logger.error("Task %s is left to recovery, its end was not recorded: %s", task_id, error)  # noqa: TRY400
 
 
 def _on_postrun(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:

@@ -46,7 +46,7 @@ def is_failing_over(error: BaseException) -> bool:
     if isinstance(error, FAILING_OVER):
         return True
     return isinstance(error, ResponseError) and str(error).startswith(
-        ("LOADING", "MASTERDOWN", "UNBLOCKED", "READONLY")
+        ("LOADING", "MASTERDOWN", "UNBLOCKED", "READONLY", "NOREPLICAS")
     )
 
 
@@ -71,7 +71,9 @@ class Counter:
         :raises RedisError: if Valkey stayed away for the whole budget.
         """
         keys = [self._key(group_id, suffix) for suffix in SUFFIXES]
-        count, size, added = self._persistently(lambda client: client.eval(_COUNT, len(keys), *keys, member, expires))
+        count, size, added = self._persistently(
+            group_id, lambda client: client.eval(_COUNT, len(keys), *keys, member, expires)
+        )
         return size is not None and int(count) >= int(size) + int(added or 0)
 
     def clear(self, group_id: str) -> None:
@@ -102,8 +104,9 @@ class Counter:
         except RedisError as error:
             logger.info("The parts of chord %s are in PostgreSQL only: %r", group_id, error)
 
-    def _persistently(self, call: Callable[[Any], T]) -> T:
+    def _persistently(self, group_id: str, call: Callable[[Any], T]) -> T:
         backoff = Backoff(SYSTEM, self._budget)
+        told = False
         while True:
             client = self._client()
             try:
@@ -113,5 +116,8 @@ class Counter:
                     raise
                 # Whatever is pooled leads to where the primary was.
                 client.connection_pool.disconnect()
+                if not told:
+                    logger.warning("Valkey is away, counting a part of chord %s is tried again: %r", group_id, error)
+                    told = True
                 if not backoff.pause():
                     raise

@@ -7,6 +7,7 @@ statements unless asked for), so a transaction pooler may stand in between.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from psycopg.rows import DictRow, dict_row
 
 from patchpilot.clock import SYSTEM, Backoff, Clock
 from patchpilot.errors import NeedsOperator, Transient
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -72,6 +75,7 @@ class Database:
 
     def _persistently(self, work: Callable[[Connection], T]) -> T:
         backoff = Backoff(self._clock, self._budget)
+        told = False
         while True:
             try:
                 with self._ours() as connection:
@@ -80,6 +84,9 @@ class Database:
                 self._drop()
                 if _is_hopeless(error):
                     raise NeedsOperator(f"PostgreSQL refuses the connection: {_reason(error)}") from error
+                if not told:
+                    logger.info("PostgreSQL is away, trying again for %g s: %s", self._budget, _reason(error))
+                    told = True
                 if not backoff.pause():
                     raise Transient(f"PostgreSQL cannot be reached: {_reason(error)}") from error
             except (
