@@ -1,0 +1,209 @@
+"""A part returns while Valkey or PostgreSQL is away: its task has succeeded, and stays so.
+
+The broker is one Valkey and the backend's another one, behind a link: only the backend notices what happens to it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+from celery import chord
+from celery.result import AsyncResult
+
+from patchpilot.lab.launch import HOST, Address, free_port
+from patchpilot.lab.processes import until
+from patchpilot.lab.roster import Roster
+from patchpilot.recovery import Applied, Recovery, Site, Window
+from tests.support.extras import mourner
+from tests.support.outpost import Outpost, Outposts
+from tests.support.shop import hold, total
+from tests.support.station import Setup
+
+WAIT = 60
+NOW = Window(min_age=timedelta(0))
+
+PATIENT = Setup("patient", {"patchpilot_counting": "valkey"}, options=("-c", "1"))
+IMPATIENT = Setup("impatient", {"patchpilot_counting": "valkey", "patchpilot_valkey_budget": 1}, options=("-c", "1"))
+IN_POSTGRES = Setup("in_postgres", {"patchpilot_counting": "postgres"}, options=("-c", "1"))
+HASTY = Setup("hasty", {"patchpilot_counting": "postgres", "patchpilot_postgres_budget": 1}, options=("-c", "1"))
+
+
+@pytest.fixture(scope="module")
+def outposts(lab_roster: Roster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outposts]:
+    with Outposts(lab_roster, tmp_path_factory.mktemp("outposts")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def outpost(request: pytest.FixtureRequest, outposts: Outposts) -> Iterator[Outpost]:
+    opened = outposts.at(request.param)
+    with opened.station.used():
+        yield opened
+
+
+def on(setup: Setup) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("outpost", [setup], indirect=True, ids=str)
+
+
+@contextmanager
+def refused(outpost: Outpost) -> Iterator[None]:
+    outpost.link.refuse()
+    yield
+    outpost.link.retarget(outpost.node.address)
+
+
+@contextmanager
+def frozen(outpost: Outpost) -> Iterator[None]:
+    """Packets are dropped: sockets stay open, new ones connect, and nothing answers."""
+    outpost.link.freeze()
+    yield
+    outpost.link.thaw()
+
+
+@contextmanager
+def demoted(outpost: Outpost) -> Iterator[None]:
+    """A replica now, with its data: whoever is still connected to it gets READONLY."""
+    outpost.node.follow(Address(HOST, free_port()))
+    yield
+    outpost.node.promote()
+
+
+@contextmanager
+def paused(outpost: Outpost) -> Iterator[None]:
+    outpost.node.ask(lambda client: client.client_pause(600_000, all=False))
+    yield
+    outpost.node.ask(lambda client: client.client_unpause())
+
+
+@contextmanager
+def asleep(outpost: Outpost) -> Iterator[None]:
+    """Its one thread is busy, as with a large script."""
+    asked = threading.Thread(target=outpost.node.ask, args=(lambda client: client.execute_command("DEBUG SLEEP 4"),))
+    asked.start()
+    yield
+    asked.join()
+
+
+DISTURBANCES = [refused, frozen, demoted, paused, asleep]
+
+
+class Held:
+    """A chord of one part, which has begun and waits, with errbacks that would tell of a failure."""
+
+    def __init__(self, outpost: Outpost, *, ignore_result: bool = False) -> None:
+        self._gate = outpost.station.shop.directory / f"gate-{uuid.uuid4()}"
+        self.result = chord(
+            [hold.s(5, str(self._gate)).set(ignore_result=ignore_result)], total.s().on_error(mourner.s())
+        ).apply_async()
+        self.part: AsyncResult = self.result.parent.results[0]
+        until(lambda: "hold began" in outpost.station.ledger(), seconds=WAIT, what="the part had begun")
+        outpost.listen()
+
+    @property
+    def group_id(self) -> str:
+        return str(self.result.parent.id)
+
+    def end(self) -> None:
+        """Let the part return."""
+        self._gate.touch()
+
+    def check(self, outpost: Outpost) -> None:
+        """Everything went as if nothing had happened."""
+        assert self.result.get(timeout=WAIT) == 5
+        outpost.station.await_silence()
+        written = [line for line in outpost.station.ledger() if not line.startswith("start ")]
+        assert written == ["hold began", "hold ended", "total 5"]
+
+
+def recover(outpost: Outpost) -> tuple[Applied, ...]:
+    """Recover until something was done."""
+    done: list[Applied] = []
+
+    def something() -> bool:
+        done.extend(recovery.recover(NOW))
+        return bool(done)
+
+    shop = outpost.station.shop
+    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as recovery:
+        until(something, seconds=WAIT, what="something was recovered")
+    return tuple(done)
+
+
+@on(PATIENT)
+@pytest.mark.parametrize("disturbance", DISTURBANCES, ids=lambda it: it.__name__)
+def test_a_part_return_is_tried_again(outpost: Outpost, disturbance: Callable[[Outpost], Iterator[None]]) -> None:
+    held = Held(outpost)
+    with disturbance(outpost):
+        held.end()
+        outpost.await_word(f"counting a part of chord {held.group_id} is tried again")
+    held.check(outpost)
+    assert (held.part.state, held.part.result) == ("SUCCESS", 5)
+
+
+@on(PATIENT)
+def test_a_part_without_a_result_is_tried_again(outpost: Outpost) -> None:
+    held = Held(outpost, ignore_result=True)
+    with refused(outpost):
+        held.end()
+        outpost.await_word(f"counting a part of chord {held.group_id} is tried again")
+    held.check(outpost)
+
+
+@on(PATIENT)
+def test_connections_that_were_dropped_are_opened_again(outpost: Outpost) -> None:
+    held = Held(outpost)
+    outpost.link.close_connections()
+    held.end()
+    held.check(outpost)
+
+
+@on(IMPATIENT)
+@pytest.mark.parametrize("disturbance", [refused, frozen, demoted], ids=lambda it: it.__name__)
+def test_a_part_return_that_cannot_be_counted_is_left_to_recovery(
+    outpost: Outpost, disturbance: Callable[[Outpost], Iterator[None]]
+) -> None:
+    held = Held(outpost)
+    with disturbance(outpost):
+        held.end()
+        outpost.await_word(f"Chord {held.group_id} is left to recovery, from part {held.part.id} on")
+        assert held.part.state == "SUCCESS"
+        assert outpost.station.left_over()["open chords"] == [{"group_id": held.group_id}]
+    [applied] = recover(outpost)
+    assert (applied.id, applied.diagnosis) == (held.group_id, "part-return-lost")
+    outpost.node.ask(
+        lambda client: client.flushall()
+    )  # recovery sees to the keys in the broker's Valkey; here it is another
+    held.check(outpost)
+    assert (held.part.state, held.part.result) == ("SUCCESS", 5)
+
+
+@on(IN_POSTGRES)
+def test_postgresql_and_valkey_go_away_together(outpost: Outpost) -> None:
+    held = Held(outpost)
+    with refused(outpost):
+        outpost.postgres.stop(hard=True)
+        held.end()
+        outpost.await_word("PostgreSQL is away, trying again")
+        outpost.postgres.start()
+        held.check(outpost)
+    assert (held.part.state, held.part.result) == ("SUCCESS", 5)
+
+
+@on(HASTY)
+def test_postgresql_stays_away_for_longer_than_anybody_waits(outpost: Outpost) -> None:
+    """The task has succeeded, and nobody could write that down. So it runs again; it has not failed."""
+    held = Held(outpost)
+    outpost.postgres.stop()
+    held.end()
+    outpost.await_word(f"Task {held.part.id} is left to recovery")
+    outpost.postgres.start()
+    assert held.part.state == "PENDING"
+    assert {applied.id for applied in recover(outpost)} == {held.group_id}
+    assert held.result.get(timeout=WAIT) == 5
+    written = [line for line in outpost.station.ledger() if not line.startswith("start ")]
+    assert written == ["hold began", "hold ended"] * 2 + ["total 5"]
