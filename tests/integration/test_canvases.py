@@ -52,6 +52,9 @@ UNORDERED_MSGPACK = Setup(
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.backend
+
+
 @pytest.fixture(scope="module")
 def stations(
     lab_roster: Roster, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, migrated_template: str
