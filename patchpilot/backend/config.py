@@ -16,6 +16,9 @@ MESSAGE_ID = "patchpilot_message"
 CALLBACK_OF = "patchpilot_callback_of"
 """Message header: the chord whose callback this message is. Its start is fenced."""
 
+CANARY = "patchpilot.canary"
+"""The canary task's name, and what the names of its queues and chords begin with. Its messages are not recorded."""
+
 
 class Masked(str):
     """What stands in the Celery configuration for a DSN, so that no report or inspection shows it."""

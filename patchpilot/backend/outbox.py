@@ -22,7 +22,7 @@ from kombu.serialization import dumps
 from kombu.utils import json
 from psycopg.types.json import Jsonb
 
-from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID
+from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
@@ -118,7 +118,7 @@ class _Journalling:
 
     def publish(self, body: Any, **options: Any) -> Any:
         headers = options.get("headers") or {}
-        if "task" not in headers:  # a task-sent event takes the same producer
+        if headers.get("task", CANARY) == CANARY:  # no task: a task-sent event takes the same producer
             return self._producer.publish(body, **options)
         headers[MESSAGE_ID] = self._message_id
         if (chord := _dispatching.get()) is not None:

@@ -18,9 +18,9 @@ from patchpilot.backend.chords import Note
 from patchpilot.errors import NeedsOperator, Transient
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.application import backend_of, standing_in
 from patchpilot.recovery.evidence import Message
 from patchpilot.recovery.findings import Finding, Remedy
+from patchpilot.workers.application import backend_of, standing_in
 
 SQL = queries("recovery")
 

@@ -13,12 +13,12 @@ from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.application import Site, application
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import Applied, Finding, Window
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.valkey.broker import Broker
+from patchpilot.workers.application import Site, application
 
 SQL = queries("recovery")
 
