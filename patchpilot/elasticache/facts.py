@@ -178,6 +178,8 @@ class Group:
     effective_durability: str = ""
     snapshot_window: str = ""
     """Daily, in UTC: ``05:00-06:00``."""
+    endpoint: tuple[str, int] | None = None
+    """Host and port of the primary endpoint, which leads to whichever node is the primary."""
 
     @classmethod
     def of(cls, row: Row) -> Group:
@@ -198,6 +200,7 @@ class Group:
             engine=row.get("Engine", ""),
             effective_durability=row.get("EffectiveDurability", ""),
             snapshot_window=row.get("SnapshotWindow", ""),
+            endpoint=_primary_endpoint(row),
         )
 
     @property
@@ -297,6 +300,11 @@ class Application:
     status: str | None
     """The status of the update action if the request was processed."""
     unprocessed: Unprocessed | None = None
+
+
+def _primary_endpoint(row: Row) -> tuple[str, int] | None:
+    found = [group["PrimaryEndpoint"] for group in row.get("NodeGroups", ()) if group.get("PrimaryEndpoint")]
+    return (found[0].get("Address", ""), found[0].get("Port", 0)) if len(found) == 1 else None
 
 
 def _member(row: Row) -> Member:

@@ -19,6 +19,7 @@ from patchpilot.recovery.findings import Applied, Finding, Window
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.valkey.broker import Broker
 from patchpilot.workers.application import Site, application
+from patchpilot.workers.canaries import purge
 
 SQL = queries("recovery")
 
@@ -82,6 +83,7 @@ class Recovery:
         """As :meth:`recover`; returns everything that was found, and what was done."""
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.
         self._database.execute(SQL["distrust_counts"])
+        purge(self._database, self._app("json"))
         evidence = self._collect(window)
         messages = {message.message_id: message for message in evidence.messages}
         ended = [key for key, message in messages.items() if message.where is Where.ENDED]

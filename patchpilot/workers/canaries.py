@@ -1,7 +1,8 @@
-"""Sending a canary task and a canary chord to one worker."""
+"""Sending a canary task and a canary chord to one worker, and removing what is left of them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -10,17 +11,24 @@ from celery import Celery
 
 from patchpilot.backend.canary import PARTS, chord_of, queue_of
 from patchpilot.backend.config import CANARY
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.queries import queries
 from patchpilot.workers.application import backend_of
 
+SQL = queries("canaries")
 
-def send(app: Celery, connection: Any, instance: str, expires: timedelta) -> str:
+
+EXPIRES = timedelta(minutes=10)
+"""After this a canary that nobody took is dropped by whoever finds it: longer than any pilot waits for one."""
+
+
+def send(app: Celery, connection: Any, instance: str) -> str:
     """Send both into the queue of the worker ``instance``. Returns the token that they carry.
 
     :param app: a stand-in for the worker's application.
     :param connection: to the broker.
-    :param expires: after which nobody runs them any more.
     """
-    token, queue, seconds = str(uuid4()), queue_of(instance), expires.total_seconds()
+    token, queue, seconds = str(uuid4()), queue_of(instance), EXPIRES.total_seconds()
 
     def fly(step: str, **options: Any) -> None:
         app.send_task(
@@ -39,3 +47,10 @@ def send(app: Celery, connection: Any, instance: str, expires: timedelta) -> str
     for index, part in enumerate(header):
         fly("part", task_id=part.id, group_id=group_id, group_index=index, chord=body)
     return token
+
+
+def purge(database: Database, app: Celery, group_ids: Collection[str] = ()) -> None:
+    """Remove the canary chords called ``group_ids``, and all that are older than any canary lasts."""
+    gone = database.fetch(SQL["purge"], {"group_ids": list(group_ids), "age": EXPIRES})
+    for row in gone:
+        backend_of(app).counter.clear(row["group_id"])

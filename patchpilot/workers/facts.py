@@ -35,6 +35,11 @@ class Worker:
     """What of its configuration matters for a failover."""
     proof: Proof = field(default_factory=dict)
 
+    @property
+    def serializer(self) -> str:
+        """Of its application's tasks."""
+        return str(self.settings.get("task_serializer") or "json")
+
     @classmethod
     def of(cls, instance: str, name: str, answer: Mapping[str, Any] | None, proof: Proof) -> Worker:
         """What PostgreSQL says of a worker, and what it answered itself; None if it did not."""

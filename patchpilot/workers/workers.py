@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Self
@@ -19,15 +19,12 @@ from patchpilot.errors import Transient
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
 from patchpilot.valkey.broker import Broker
-from patchpilot.workers.application import Site, application, backend_of
+from patchpilot.workers.application import Site, application
 from patchpilot.workers.asking import Asking
-from patchpilot.workers.canaries import send
+from patchpilot.workers.canaries import EXPIRES, purge, send
 from patchpilot.workers.facts import Depth, Fleet, Worker
 
 SQL = queries("canaries")
-
-EXPIRES = timedelta(minutes=10)
-"""After this a canary that nobody took is dropped by whoever finds it: longer than any pilot waits for one."""
 
 
 class Workers:
@@ -78,19 +75,20 @@ class Workers:
         names |= {row["queue"] for row in self._database.fetch(SQL["queues"])}
         return Fleet(tuple(workers), tuple(Depth(name, *self._broker.depth(name)) for name in sorted(names)))
 
-    def release(self, workers: Iterable[Worker]) -> dict[str, str]:
-        """Send a canary task and a canary chord to each of ``workers``. Instance -> the token that they carry.
+    def release(self, to: Mapping[str, str]) -> dict[str, str]:
+        """Send a canary task and a canary chord to each of some workers. Instance -> the token that they carry.
 
+        :param to: instance -> the serialiser of its application's tasks: see :attr:`Worker.serializer`.
         :raises Transient: the broker or PostgreSQL cannot be reached; some may have been sent.
         """
         sent: dict[str, str] = {}
         with _away():
-            for worker in workers:
-                app = self._app(str(worker.settings.get("task_serializer") or "json"))
+            for instance, serializer in to.items():
+                app = self._app(serializer)
                 # A connection of its own, as for asking: a pooled one may lead to where the primary was.
                 with app.connection_for_write() as connection:
-                    sent[worker.instance] = send(app, connection, worker.instance, EXPIRES)
-                self._broker.expire(queue_of(worker.instance).name, EXPIRES)
+                    sent[instance] = send(app, connection, instance)
+                self._broker.expire(queue_of(instance).name, EXPIRES)
         return sent
 
     def tidy(self, sent: Mapping[str, str]) -> None:
@@ -98,12 +96,8 @@ class Workers:
 
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
-        asked = {"group_ids": [chord_of(token) for token in sent.values()], "age": EXPIRES}
-        left = {row["group_id"] for row in self._database.fetch(SQL["purge"], asked)}
         with _away():
-            backend = backend_of(self._app("json"))
-            for group_id in left:
-                backend.counter.clear(group_id)
+            purge(self._database, self._app("json"), [chord_of(token) for token in sent.values()])
             self._broker.discard([queue_of(instance).name for instance in sent])
 
     def _app(self, serializer: str) -> Celery:

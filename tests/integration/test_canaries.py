@@ -45,6 +45,10 @@ def by_name(workers: Workers) -> dict[str, Worker]:
     return {worker.name.split("@")[0]: worker for worker in workers.look().workers}
 
 
+def all_of(found: Mapping[str, Worker]) -> dict[str, str]:
+    return {worker.instance: worker.serializer for worker in found.values()}
+
+
 def await_alive(workers: Workers, count: int) -> None:
     until(lambda: len(workers.look().workers) == count, seconds=30, what="every worker gave a sign of life")
 
@@ -86,7 +90,7 @@ def test_workers_that_consume_prove_it_and_nothing_of_it_stays(
     assert found[first.name].settings["worker_prefetch_multiplier"] == 1
     assert found[first.name].settings["broker_transport_options.socket_timeout"] == 10
 
-    sent = workers.release(found.values())
+    sent = workers.release(all_of(found))
     with Recovery(Site(shop.broker, shop.dsn)) as recovery:
         assert recovery.recover(NOW) == ()
     await_proof(workers, sent)
@@ -118,7 +122,7 @@ def test_a_blocked_pool_takes_no_canary_and_a_hung_worker_does_not_answer(
     found = by_name(workers)
     assert (found[hung.name].answers, found[hung.name].knows) == (False, True)
     assert found[blocked.name].running == {hold.name: 1}
-    sent = workers.release([found[blocked.name], found[hung.name]])
+    sent = workers.release(all_of(found))
     queues = [queue_of(worker.instance).name for worker in found.values()]
     assert all(0 < broker.ttl(name) <= 600 for name in queues if broker.exists(name))
     assert broker.exists(queue_of(found[hung.name].instance).name)
@@ -133,7 +137,7 @@ def test_a_blocked_pool_takes_no_canary_and_a_hung_worker_does_not_answer(
     shop.await_line("hold ended", count=2)
     until(lambda: by_name(workers)[hung.name].answers, seconds=20, what="the hung worker answered again")
     # Whatever a worker had taken before the tidying ends without a trace too.
-    await_proof(workers, workers.release(by_name(workers).values()))
+    await_proof(workers, workers.release(all_of(by_name(workers))))
     expected = {**dict.fromkeys(TABLES, 0), "result": 2}
     until(lambda: rows(database) == expected, seconds=10, what="only the results were left")
     until(lambda: not [key for key in keys(broker) if "_kombu" not in key], seconds=10, what="Valkey was empty")
@@ -144,14 +148,15 @@ def test_canaries_whose_pilot_died_are_never_stuck_and_go_in_the_end(
 ) -> None:
     """No worker takes them: the one that they were sent to is gone as well."""
     gone = Worker("00000000-0000-0000-0000-000000000000", "celery@gone", answers=True)
-    workers.release([gone])
+    workers.release({gone.instance: gone.serializer})
     assert rows(database)["chord"] == 1
     with Recovery(Site(shop.broker, shop.dsn)) as recovery:
         assert recovery.survey(NOW) == ()
     workers.tidy({})
     assert rows(database)["chord"] == 1, "somebody may still wait for it"
     database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '11 minutes'")
-    workers.tidy({})
+    with Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        assert recovery.recover(NOW) == ()
     assert rows(database) == dict.fromkeys(TABLES, 0)
     assert keys(broker) == {queue_of(gone.instance).name}
     assert 0 < broker.ttl(queue_of(gone.instance).name) <= 600
@@ -165,7 +170,7 @@ def test_a_late_canary_is_nobodys_chord(shop: Shop, workers: Workers, broker: re
     queue = queue_of(worker.instance).name
     app.control.cancel_consumer(queue, destination=[worker.name], reply=True)
     until(lambda: not workers.look().workers[0].canary, seconds=20, what="the canaries waited")
-    sent = workers.release([worker])
+    sent = workers.release({worker.instance: worker.serializer})
     waiting: list[Any] = broker.lrange(queue, 0, -1)
     workers.tidy(sent)
     broker.lpush(queue, *reversed(waiting))
