@@ -154,19 +154,19 @@ def _came_back(worker: Worker, sent: Mapping[str, str], step: str) -> bool:
 def _drain(at: Workplace) -> Claim:
     """Each queue that holds messages shrinks, or a worker that is proven to consume consumes it."""
     consumers = _consumers(at.fleet)
-    proven = {worker.name for worker in at.fleet.workers if is_proven(worker, at.sent)}
     faults, told = [], []
     for depth in at.fleet.queues:
-        line = f"{depth.queue} {_numbers(at.first.get(depth.queue), depth)}"
-        takers = consumers.get(depth.queue, [])
-        taken = _is_taken(at.first.get(depth.queue), depth) or proven & set(takers)
+        first, takers = at.first.get(depth.queue), consumers.get(depth.queue, [])
+        line = f"{depth.queue} {_numbers(first, depth)}"
+        taken = _is_taken(first, depth) or any(is_proven(worker, at.sent) for worker in takers)
         if not takers and depth.queue in at.before.consumed:
             faults.append(f"{line}: it was consumed before the patch, and nobody does now")
         elif depth.length and not taken and depth.queue not in at.before.idle:
-            faults.append(f"{line}: {', '.join(takers) or 'nobody'} consumes it, and takes nothing")
+            who = ", ".join(worker.name for worker in takers) or "nobody"
+            faults.append(f"{line}: {who} consumes it, and takes nothing")
         elif depth.length:
             told.append(line)
-    quiet = f"{len(at.fleet.queues)} queues looked at twice, {len(told)} hold messages"
+    quiet = f"{len(at.fleet.queues)} queue(s) looked at twice"
     return Claim("queues-drain", not faults, "; ".join([quiet, *faults, *told]))
 
 
@@ -179,12 +179,12 @@ def _is_taken(first: Depth | None, now: Depth) -> bool:
     return first is not None and first.length > 0 and (now.length < first.length or now.oldest != first.oldest)
 
 
-def _consumers(fleet: Fleet) -> dict[str, list[str]]:
+def _consumers(fleet: Fleet) -> dict[str, list[Worker]]:
     """Who consumes each queue."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Worker]] = {}
     for worker in fleet.workers:
         for queue in worker.queues:
-            found.setdefault(queue, []).append(worker.name)
+            found.setdefault(queue, []).append(worker)
     return found
 
 
