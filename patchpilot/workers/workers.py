@@ -8,14 +8,14 @@ from datetime import timedelta
 from typing import Any, Self
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import OperationalError, SerializerNotInstalled
 from redis.exceptions import RedisError
 
 from patchpilot.backend.about import COMMAND
 from patchpilot.backend.canary import chord_of, queue_of
 from patchpilot.backend.heartbeat import STALE
 from patchpilot.clock import SYSTEM, Clock
-from patchpilot.errors import Transient
+from patchpilot.errors import NeedsOperator, Transient
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
 from patchpilot.valkey.broker import Broker
@@ -80,6 +80,7 @@ class Workers:
 
         :param to: instance -> the serialiser of its application's tasks: see :attr:`Worker.serializer`.
         :raises Transient: the broker or PostgreSQL cannot be reached; some may have been sent.
+        :raises NeedsOperator: a serialiser is not installed here.
         """
         sent: dict[str, str] = {}
         with _away():
@@ -119,8 +120,13 @@ def _away() -> Iterator[None]:
     """Raise our error in place of those that a broker makes that goes away.
 
     :raises Transient: it did.
+    :raises NeedsOperator: what was to be sent cannot be written as the workers want it.
     """
     try:
         yield
+    except SerializerNotInstalled as error:
+        raise NeedsOperator(
+            f"the workers' serialiser is missing here: install it here too ({error})"
+        ) from error
     except (OperationalError, RedisError, OSError) as error:
         raise Transient(f"no canary was sent, the broker is away: {error}") from error
