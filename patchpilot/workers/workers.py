@@ -125,8 +125,6 @@ def _away() -> Iterator[None]:
     try:
         yield
     except SerializerNotInstalled as error:
-        raise NeedsOperator(
-            f"the workers' serialiser is missing here: install it here too ({error})"
-        ) from error
+        raise NeedsOperator(f"the workers' serialiser is missing here: install it here too ({error})") from error
     except (OperationalError, RedisError, OSError) as error:
         raise Transient(f"no canary was sent, the broker is away: {error}") from error

@@ -151,8 +151,14 @@ def test_canaries_whose_pilot_died_are_never_stuck_and_go_in_the_end(
         workers.release({gone.instance: "runes"})
     workers.release({gone.instance: gone.serializer})
     assert rows(database)["chord"] == 1
+    # Five minutes later all its parts have returned, and nobody dispatched the callback: stuck, if it were a chord.
+    database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '5 minutes'")
+    database.execute(
+        "UPDATE patchpilot.chord_part SET state = 'SUCCESS', payload = '1', returned_at = now() - interval '5 minutes'"
+    )
     with Recovery(Site(shop.broker, shop.dsn)) as recovery:
         assert recovery.survey(NOW) == ()
+        assert recovery.recover(NOW) == ()
     workers.tidy({})
     assert rows(database)["chord"] == 1, "somebody may still wait for it"
     database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '11 minutes'")
