@@ -46,6 +46,10 @@ class NeedsOperator(PatchpilotError):
     exit_code = Exit.ERROR
 
 
+class Refused(NeedsOperator):
+    """One request is refused, for want of a permission perhaps: what it asked for stays unknown. Others may be good."""
+
+
 class Usage(NeedsOperator):
     """The command line or the configuration file is wrong. Nothing was touched."""
 

@@ -65,12 +65,15 @@ class Postgres(_Section):
 
 
 class Aws(_Section):
-    """How to reach the ElastiCache API. Everything unset is left to boto3's own rules."""
+    """How to reach ElastiCache and CloudWatch. Everything unset is left to boto3's own rules."""
 
     region: str | None = None
     profile: str | None = None
     endpoint_url: str | None = None
+    """Of something that answers for both ElastiCache and CloudWatch, such as the lab."""
     credentials_file: Path | None = None
+    metrics: bool = True
+    """Whether pre-flight reads CloudWatch's metrics of the nodes. Alarms it always reads."""
 
 
 class Runbook(_Section):

@@ -11,6 +11,7 @@ import typer
 from patchpilot import __version__
 from patchpilot.cli import chords, db, lab
 from patchpilot.cli.console import say
+from patchpilot.cli.preflight import preflight
 from patchpilot.cli.recover import recover
 from patchpilot.cli.report import report
 from patchpilot.cli.run import run
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run", epilog=EPILOG)(run)
+app.command("preflight")(preflight)
 app.command("status")(status)
 app.command("recover")(recover)
 app.command("report")(report)

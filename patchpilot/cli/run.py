@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
-from patchpilot import elasticache, phases, report
+from patchpilot import phases, report
 from patchpilot.cli.console import ConfigOption, Output, OutputOption, duration, emit, emit_json, read_settings, say
-from patchpilot.cli.recover import complain, site
+from patchpilot.cli.desk import desk_of
+from patchpilot.cli.preflight import ReasonOption, WaiveOption, read_waivers
 from patchpilot.clock import SYSTEM
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.runner import Progress, Runner
@@ -21,10 +22,8 @@ from patchpilot.errors import Exit, LeaseLost, PatchpilotError
 from patchpilot.phases.desk import Desk
 from patchpilot.postgres import journal as journals
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Recovery, Window
 from patchpilot.settings import Settings
 from patchpilot.telemetry import mask
-from patchpilot.valkey import nodes
 
 POSTGRES_BUDGET = 60.0
 """Seconds for which PostgreSQL may be away, failing over itself perhaps, before the run stops with "resume later"."""
@@ -45,6 +44,8 @@ def run(
         str | None,
         typer.Option("--time-budget", metavar="DURATION", help="Checkpoint and exit with code 4 after this long."),
     ] = None,
+    waive: WaiveOption = None,
+    reason: ReasonOption = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
     """Patch one cluster: check, recover, trigger, watch, wait, dry-run, recover, verify, report.
@@ -61,15 +62,19 @@ def run(
     }
     settings = settings.model_copy(update={"runbook": pause.model_copy(update=overrides)})
     settings.cluster(cluster)
+    waivers = read_waivers(waive, reason)
     with Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database, _signals() as stop:
-        return _Pilot(settings, cluster, database, output).fly(update, stop)
+        return _Pilot(settings, cluster, database, output, waivers).fly(update, stop)
 
 
 class _Pilot:
     """One invocation of the run command."""
 
-    def __init__(self, settings: Settings, cluster: str, database: Database, output: Output) -> None:
+    def __init__(
+        self, settings: Settings, cluster: str, database: Database, output: Output, waivers: Mapping[str, str]
+    ) -> None:
         self._settings = settings
+        self._waivers = waivers
         self._cluster = cluster
         self._database = database
         self._output = output
@@ -95,26 +100,10 @@ class _Pilot:
             return int(Exit.DONE)
 
     def _desk(self, stack: ExitStack, run_id: str, files: report.Files, update: str | None) -> Desk:
-        settings = self._settings
-        cluster = settings.cluster(self._cluster)
-        is_broker = cluster.role == "broker"
-        recovery = (
-            stack.enter_context(Recovery(site(settings, self._cluster), complain=complain)) if is_broker else None
-        )
-        cloud = elasticache.connect(settings.aws, cluster.region, session_name=f"patchpilot-{run_id}")
-        return Desk(
-            cluster=self._cluster,
-            group=cluster.replication_group,
-            role=cluster.role,
-            cloud=stack.enter_context(cloud),
-            nodes=nodes.connect(settings.endpoint(self._cluster)) if is_broker or cluster.endpoint else None,
-            recovery=recovery,
-            reports=files,
-            schema=lambda: journals.outdated(self._database),
-            runbook=settings.runbook,
-            window=Window(settings.recovery.min_age, settings.recovery.max_age),
-            update=update,
-        )
+        return desk_of(
+            self._settings, self._cluster, self._database, stack, session_name=f"patchpilot-{run_id}", reports=files,
+            update=update, waivers=self._waivers,
+        )  # fmt: skip
 
     def _done(self, run_id: str, paths: dict[str, Any]) -> None:
         found = {key: paths[key] for key in ("json", "markdown") if key in paths}

@@ -176,6 +176,10 @@ class Group:
     global_datastore: str = ""
     engine: str = ""
     effective_durability: str = ""
+    snapshot_window: str = ""
+    """Daily, in UTC: ``05:00-06:00``."""
+    endpoint: tuple[str, int] | None = None
+    """Host and port of the primary endpoint, which leads to whichever node is the primary."""
 
     @classmethod
     def of(cls, row: Row) -> Group:
@@ -195,6 +199,8 @@ class Group:
             global_datastore=row.get("GlobalReplicationGroupInfo", {}).get("GlobalReplicationGroupId", ""),
             engine=row.get("Engine", ""),
             effective_durability=row.get("EffectiveDurability", ""),
+            snapshot_window=row.get("SnapshotWindow", ""),
+            endpoint=_primary_endpoint(row),
         )
 
     @property
@@ -217,15 +223,45 @@ class Node:
     engine_version: str = ""
     pending: tuple[str, ...] = ()
     maintenance_window: str = ""
+    """Weekly, in UTC: ``sun:23:00-mon:01:30``."""
+    parameter_group: str = ""
+    parameters_applied: str = ""
+    """``in-sync`` once the node has all the values of its parameter group."""
 
     @classmethod
     def of(cls, row: Row) -> Node:
+        parameters = row.get("CacheParameterGroup", {})
         return cls(
             node=row.get("CacheClusterId", ""),
             status=row.get("CacheClusterStatus", ""),
             engine_version=row.get("EngineVersion", ""),
             pending=_pending(row),
             maintenance_window=row.get("PreferredMaintenanceWindow", ""),
+            parameter_group=parameters.get("CacheParameterGroupName", ""),
+            parameters_applied=parameters.get("ParameterApplyStatus", ""),
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One snapshot of a replication group."""
+
+    name: str
+    status: str
+    """``creating`` while it is taken; ``available`` afterwards."""
+    source: str = ""
+    """``automated`` or ``manual``."""
+    taken: datetime | None = None
+    """The moment whose data the last of its nodes' snapshots holds."""
+
+    @classmethod
+    def of(cls, row: Row) -> Snapshot:
+        moments = [node.get("SnapshotCreateTime") for node in row.get("NodeSnapshots", ())]
+        return cls(
+            name=row.get("SnapshotName", ""),
+            status=row.get("SnapshotStatus", ""),
+            source=row.get("SnapshotSource", ""),
+            taken=_utc(max(filter(None, moments), default=None)),
         )
 
 
@@ -264,6 +300,11 @@ class Application:
     status: str | None
     """The status of the update action if the request was processed."""
     unprocessed: Unprocessed | None = None
+
+
+def _primary_endpoint(row: Row) -> tuple[str, int] | None:
+    found = [group["PrimaryEndpoint"] for group in row.get("NodeGroups", ()) if group.get("PrimaryEndpoint")]
+    return (found[0].get("Address", ""), found[0].get("Port", 0)) if len(found) == 1 else None
 
 
 def _member(row: Row) -> Member:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from botocore import exceptions as boto
 from botocore.session import get_session
 
-from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
+from patchpilot.errors import NeedsOperator, PatchpilotError, Refused, Transient
 
 # botocore's own list (botocore.retries.standard) and the one that ElastiCache alone uses and the SDK does not retry.
 _THROTTLED = frozenset({
@@ -22,6 +22,8 @@ _THROTTLED = frozenset({
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 """The credentials were good once; fresh ones may lie where these came from."""
 
+_DENIED = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"})
+
 _ADVICE = {
     **dict.fromkeys(EXPIRED, "the AWS credentials have expired: renew them, then run the same command again"),
     **dict.fromkeys(
@@ -32,10 +34,6 @@ _ADVICE = {
     **dict.fromkeys(
         ("SignatureDoesNotMatch", "RequestExpired"),
         "AWS does not accept the signature: check the secret key, and this machine's clock",
-    ),
-    **dict.fromkeys(
-        ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation"),
-        "AWS denies access: give this role the permission named here",
     ),
     "ReplicationGroupNotFoundFault": (
         "there is no such replication group in this region and account: check replication_group and aws.region"
@@ -59,6 +57,7 @@ def translated(action: str, region: Callable[[], str | None]) -> Iterator[None]:
     :param action: what was asked, for the message: the name of the API call.
     :param region: where; an unreachable endpoint in a region that nobody knows is a spelling mistake.
     :raises Transient: throttled, unreachable, or failing on AWS's side.
+    :raises Refused: AWS refuses this one request, for want of a permission or because of what it asks.
     :raises NeedsOperator: everything else; the line says what to do.
     """
     try:
@@ -94,11 +93,13 @@ def _client_error(action: str, error: boto.ClientError) -> PatchpilotError:
     said = f"{action}: {code}: {error.response.get('Error', {}).get('Message', '')}".replace("\n", " ").strip()
     if code in _THROTTLED:
         return Transient(f"AWS is throttling us ({said})")
+    if code in _DENIED:
+        return Refused(f"AWS denies access: give this role the permission named here ({said})")
     if code in _ADVICE:
         return NeedsOperator(f"{_ADVICE[code]} ({said})")
     if status >= 500:
         return Transient(f"AWS has trouble of its own ({said})")
-    return NeedsOperator(f"AWS refuses ({said})")
+    return Refused(f"AWS refuses ({said})")
 
 
 def _is_unknown(region: str | None) -> bool:

@@ -6,15 +6,17 @@ There is no clock on it. A step learns the time from its :class:`~patchpilot.eng
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from patchpilot.elasticache.facts import Application, Event, Group, Node, ServiceUpdate, UpdateAction
+from patchpilot.elasticache.cloudwatch import Alarm, Metric
+from patchpilot.elasticache.facts import Application, Event, Group, Node, ServiceUpdate, Snapshot, UpdateAction
 from patchpilot.errors import Corrupt
 from patchpilot.recovery.findings import Applied, Finding, Window
 from patchpilot.settings import Role, Runbook
 from patchpilot.valkey.nodes import Report
+from patchpilot.workers.facts import Fleet
 
 
 class Cloud(Protocol):
@@ -28,13 +30,32 @@ class Cloud(Protocol):
 
     def nodes(self, group: Group) -> tuple[Node, ...]: ...
 
+    def in_flight(self) -> tuple[UpdateAction, ...]: ...
+
+    def parameters(self, parameter_group: str) -> Mapping[str, str]: ...
+
+    def snapshots(self, group: str) -> tuple[Snapshot, ...]: ...
+
+    def history(self, group: Group, until: datetime) -> tuple[Event, ...]: ...
+
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]: ...
 
     def apply(self, update: str, group: str) -> Application: ...
 
 
+class Monitoring(Protocol):
+    """CloudWatch: :class:`patchpilot.elasticache.cloudwatch.CloudWatch`."""
+
+    def alarms(self, about: Collection[str]) -> tuple[Alarm, ...]: ...
+
+    def metrics(self, nodes: Collection[str], until: datetime) -> tuple[Metric, ...]: ...
+
+
 class Nodes(Protocol):
     """The nodes as they report themselves: :class:`patchpilot.valkey.nodes.Nodes`."""
+
+    @property
+    def address(self) -> tuple[str, int]: ...
 
     def endpoint(self) -> Report: ...
 
@@ -55,6 +76,19 @@ class Recovery(Protocol):
 
     def repeated_starts(self, age: timedelta) -> Sequence[Mapping[str, Any]]:
         """Callbacks that were started again within the last ``age`` because a worker died inside them."""
+
+
+class Workers(Protocol):
+    """Who consumes from the broker: :class:`patchpilot.workers.Workers`."""
+
+    def look(self, queues: Collection[str] = ()) -> Fleet:
+        """Who is there, what each says of itself, and how full the queues are. Changes nothing."""
+
+    def release(self, to: Mapping[str, str]) -> dict[str, str]:
+        """Send a canary task and a canary chord to each. Instance -> serialiser; instance -> the token to come back."""
+
+    def tidy(self, sent: Mapping[str, str]) -> None:
+        """Remove what is left of canaries."""
 
 
 class Reports(Protocol):
@@ -79,8 +113,11 @@ class Desk:
     cloud: Cloud
     nodes: Nodes | None
     """None for a cluster without an endpoint in the configuration."""
+    monitoring: Monitoring
     recovery: Recovery | None
     """None for a cluster that is no broker: there is nothing to recover."""
+    workers: Workers | None
+    """Likewise."""
     reports: Reports
     schema: Callable[[], str | None]
     """What is wrong with PostgreSQL's schema: :func:`patchpilot.postgres.journal.outdated`."""
@@ -88,7 +125,11 @@ class Desk:
     window: Window
     update: str | None = None
     """The service update asked for; None for the newest one that applies."""
+    metrics: bool = True
+    """Whether pre-flight reads CloudWatch's metrics; alarms it always reads."""
+    waivers: Mapping[str, str] = field(default_factory=dict)
+    """The checks that somebody answers for, and why."""
 
     def __post_init__(self) -> None:
-        if self.role == "broker" and (self.nodes is None or self.recovery is None):
-            raise Corrupt(f"cluster {self.cluster!r} is a broker: its endpoint and recovery are needed")
+        if self.role == "broker" and None in (self.nodes, self.recovery, self.workers):
+            raise Corrupt(f"cluster {self.cluster!r} is a broker: its endpoint, recovery and workers are needed")

@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 OWN_PHASE = "report"
 """The phase that writes the report. Its entries are no part of it, or writing it would change it."""
 
+_PREFLIGHT: Mapping[str, Any] = {"checks": [], "waivers": {}}
+
 _STOPPED = {Exit.BLOCKED: "blocked", Exit.VERIFICATION_FAILED: "verification-failed"}
 
 
@@ -51,7 +53,7 @@ def build(entries: Sequence[Entry], run: Run) -> Json:
         "finished_at": _text(ended),
         "seconds": (ended - record.started.at).total_seconds() if ended and record.started else None,
         "phases": phases(told, record),
-        "preflight": {"checks": _latest(record, "readiness").get("checks", [])},
+        "preflight": {key: _latest(record, "readiness").get(key, empty) for key, empty in _PREFLIGHT.items()},
         "update": _update(facts),
         "nodes": _nodes(record, facts),
         "timeline": timeline(told),

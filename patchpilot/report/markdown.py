@@ -187,9 +187,15 @@ def _interruptions(report: Json) -> list[str]:
 
 
 def _checks(report: Json) -> list[str]:
-    checks = report["preflight"]["checks"]
-    rows = [(each["name"], each["verdict"], each["evidence"], each["mend"]) for each in checks]
-    return _section("Pre-flight", "", _table(("Check", "Verdict", "Evidence", "To mend it"), rows)) if rows else []
+    checks, waivers = report["preflight"]["checks"], report["preflight"]["waivers"]
+    rows = [(each["name"], _verdict(each), each["evidence"], each["mend"]) for each in checks]
+    given = "Waived: " + "; ".join(f"{name} ({_line(reason)})" for name, reason in sorted(waivers.items())) + "."
+    table = _table(("Check", "Verdict", "Evidence", "To mend it"), rows)
+    return _section("Pre-flight", given if waivers else "", table) if rows else []
+
+
+def _verdict(check: Json) -> str:
+    return f"{check['verdict']}, **waived**: {check['waived']}" if check.get("waived") else str(check["verdict"])
 
 
 def _timeline(report: Json) -> list[str]:

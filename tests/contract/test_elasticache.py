@@ -17,7 +17,7 @@ import pytest
 from patchpilot.clock import SYSTEM
 from patchpilot.elasticache import ElastiCache, connect
 from patchpilot.elasticache.facts import Application, Event, Group, ServiceUpdate, UpdateAction
-from patchpilot.errors import NeedsOperator, Transient
+from patchpilot.errors import NeedsOperator, Refused, Transient
 from patchpilot.lab.cloud import Cloud
 from patchpilot.lab.launch import Address
 from patchpilot.lab.world import Group as LabGroup
@@ -236,8 +236,8 @@ NO_UPDATES = nothing("DescribeServiceUpdates")
         (fault("ExpiredToken", 403), NeedsOperator, "have expired: renew them"),
         (fault("InvalidClientTokenId", 403), NeedsOperator, "does not accept these credentials"),
         (fault("SignatureDoesNotMatch", 403), NeedsOperator, "this machine's clock"),
-        (fault("AccessDenied", 403), NeedsOperator, "give this role the permission"),
-        (fault("SomethingNew"), NeedsOperator, "AWS refuses"),
+        (fault("AccessDenied", 403), Refused, "give this role the permission"),
+        (fault("SomethingNew"), Refused, "AWS refuses"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value[0]) if isinstance(value, tuple) else "",
 )
@@ -324,7 +324,7 @@ def test_a_role_session_is_named_after_the_run(tmp_path: Path, monkeypatch: pyte
         "[profile named]\nrole_arn = arn:aws:iam::1:role/pilot\nrole_session_name = mine\nsource_profile = default\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    from patchpilot.elasticache.client import session
+    from patchpilot.elasticache.calls import session
 
     profiles = session(Aws(profile="pilot"), "patchpilot-" + "x" * 99)._session.full_config["profiles"]
     assert profiles["pilot"]["role_session_name"] == "patchpilot-" + "x" * 53

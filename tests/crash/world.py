@@ -8,13 +8,16 @@ request to apply.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from patchpilot.clock import FakeClock
+from patchpilot.elasticache.cloudwatch import LAG, MEMORY, Alarm, AlarmState, Metric
 from patchpilot.elasticache.facts import (
+    IN_FLIGHT,
     Application,
     Event,
     Group,
@@ -22,6 +25,7 @@ from patchpilot.elasticache.facts import (
     Node,
     NodeUpdate,
     ServiceUpdate,
+    Snapshot,
     Unprocessed,
     UpdateAction,
     UpdateStatus,
@@ -32,12 +36,21 @@ from patchpilot.postgres.journal import Run
 from patchpilot.recovery.findings import Applied, Finding, Remedy, Window
 from patchpilot.report import Files
 from patchpilot.settings import Role, Runbook
-from patchpilot.valkey.nodes import Replica, Report
+from patchpilot.valkey.nodes import Memory, Replica, Report
+from patchpilot.workers import Depth, Fleet, Worker
 
 GROUP = "shop-broker"
 NAMES = ("shop-broker-001", "shop-broker-002", "shop-broker-003")
 UPDATE = "elasticache-20260101-001"
+MEMORY_NOW = Memory(20, 100, "noeviction")
 PER_NODE = timedelta(minutes=10)
+PARAMETERS = {"maxmemory-policy": "noeviction", "reserved-memory-percent": "25", "close-on-replica-write": "yes"}
+SETTINGS: dict[str, object] = {
+    "broker_channel_error_retry": True, "broker_connection_retry": True, "broker_connection_max_retries": None,
+    "task_acks_late": True, "task_reject_on_worker_lost": True, "worker_prefetch_multiplier": 1,
+    "broker_transport_options.socket_timeout": 10, "broker_transport_options.health_check_interval": 5,
+}  # fmt: skip
+"""As a worker should be set up."""
 
 # The grace is longer than the old primary takes, so that some of it is left when the rotation is over.
 RUNBOOK = Runbook(
@@ -94,6 +107,14 @@ class World:
         self.remedies: list[tuple[str | None, Applied]] = []
         self.repeated: list[tuple[datetime, dict[str, object]]] = []
         """Callbacks that were started again, and when."""
+        self.alarms_now = [Alarm(f"{GROUP}-{name}", AlarmState.OK, tells=True) for name in (MEMORY, LAG)]
+        self.fleet = [worker(name) for name in ("celery@one", "celery@two")]
+        self.lengths: dict[str, int] = {"celery": 0}
+        """How many messages are in each queue; the workers take one a second."""
+        self.canaries: dict[str, str] = {}
+        """The canaries that are on their way: instance -> token."""
+        self.caught = 0
+        """How many times canaries were tidied away."""
         self._history: list[tuple[datetime, State]] = [(clock.now(), self.now.copy())]
 
     # The cloud: patchpilot.phases.desk.Cloud.
@@ -126,12 +147,32 @@ class World:
             for number, name in enumerate(NAMES)
         )
         about = Group(
-            group, shown.status, members, (shown.status,), "enabled", "enabled", cluster_enabled=False, engine="valkey"
-        )
+            group, shown.status, members, (shown.status,), "enabled", "enabled", cluster_enabled=False, engine="valkey",
+            effective_durability="disabled", snapshot_window="18:00-19:00", endpoint=("broker.test", 6379),
+        )  # fmt: skip
         return replace(about, **self.group_changes)  # type: ignore[arg-type]
 
     def nodes(self, group: Group) -> tuple[Node, ...]:
-        return tuple(Node(member.node, "available", "8.0.1") for member in group.members)
+        return tuple(
+            Node(member.node, "available", "8.0.1", (), "sun:03:00-sun:04:00", "shop", "in-sync")
+            for member in group.members
+        )
+
+    def in_flight(self) -> tuple[UpdateAction, ...]:
+        self._trip("in_flight")
+        return tuple(action for action in self.update_actions(GROUP) if action.status in IN_FLIGHT)
+
+    def parameters(self, parameter_group: str) -> Mapping[str, str]:
+        self._trip("parameters")
+        return PARAMETERS
+
+    def snapshots(self, group: str) -> tuple[Snapshot, ...]:
+        self._trip("snapshots")
+        return (Snapshot("automatic", "available", "automated", self.clock.now() - timedelta(hours=3)),)
+
+    def history(self, group: Group, until: datetime) -> tuple[Event, ...]:
+        self._trip("history")
+        return self._shown().events
 
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]:
         self._trip("events")
@@ -148,19 +189,31 @@ class World:
         self._trip("applied")
         return Application(UpdateStatus.WAITING_TO_START)
 
+    # CloudWatch: patchpilot.phases.desk.Monitoring.
+
+    def alarms(self, about: Collection[str]) -> tuple[Alarm, ...]:
+        self._trip("alarms")
+        return tuple(self.alarms_now)
+
+    def metrics(self, nodes: Collection[str], until: datetime) -> tuple[Metric, ...]:
+        self._trip("metrics")
+        return tuple(Metric(MEMORY, node, 20.0, until) for node in nodes)
+
     # The nodes: patchpilot.phases.desk.Nodes.
+
+    address = ("broker.test", 6379)
 
     def endpoint(self) -> Report:
         self._trip("endpoint")
         offset = 1000 + len(self.remedies)
         replicas = tuple(Replica(f"{name}:6379", "online", offset, 0) for name in NAMES if name != self.now.primary)
-        return Report("primary", offset, replicas=replicas)
+        return Report("primary", offset, replicas=replicas, memory=MEMORY_NOW)
 
     def member(self, host: str, port: int) -> Report:
         self._trip(host)
         if host == f"{self.now.primary}.test":
             return self.endpoint()
-        return Report("replica", 1000, link_up=True, silence=0)
+        return Report("replica", 1000, link_up=True, silence=0, memory=MEMORY_NOW)
 
     # Recovery: patchpilot.phases.desk.Recovery.
 
@@ -189,6 +242,35 @@ class World:
 
     def repeated_starts(self, age: timedelta) -> list[dict[str, object]]:
         return [row for at, row in self.repeated if at >= self.clock.now() - age]
+
+    # The workers: patchpilot.phases.desk.Workers.
+
+    def look(self, queues: Collection[str] = ()) -> Fleet:
+        self._trip("look")
+        names = sorted({*self.lengths, *queues})
+        depths = [Depth(name, length, str(length)) for name in names if (length := self.lengths.get(name, 0)) >= 0]
+        return Fleet(tuple(self.fleet), tuple(depths))
+
+    def release(self, to: Mapping[str, str]) -> dict[str, str]:
+        self._trip("release")
+        sent = {instance: f"token-{self.clock.monotonic():g}" for instance in to}
+        self.canaries |= sent
+        self.clock.after(2, lambda: self._come_back(sent))
+        self._trip("released")
+        return sent
+
+    def tidy(self, sent: Mapping[str, str]) -> None:
+        self._trip("tidy")
+        self.canaries = {key: token for key, token in self.canaries.items() if sent.get(key) != token}
+        self.caught += 1
+
+    def _come_back(self, sent: Mapping[str, str]) -> None:
+        """Each canary that was not tidied away, from each worker that answers and runs nothing."""
+        for number, each in enumerate(self.fleet):
+            token = sent.get(each.instance)
+            if token and self.canaries.get(each.instance) == token and each.answers and not each.running:
+                del self.canaries[each.instance]
+                self.fleet[number] = replace(each, proof={"task": token, "chord": token})
 
     # What happens by itself.
 
@@ -274,6 +356,7 @@ class Recovery:
 def desk(
     world: World, journal: Journal, directory: Path, *, role: Role = "broker", runbook: Runbook = RUNBOOK,
     window: Window | None = None, update: str | None = None, schema: str | None = None,
+    waivers: Mapping[str, str] | None = None,
 ) -> Desk:  # fmt: skip
     """The pilot's desk in this world."""
     broker = role == "broker"
@@ -283,6 +366,8 @@ def desk(
         group=GROUP,
         role=role,
         cloud=world,
+        monitoring=world,
+        workers=world if broker else None,
         nodes=world if broker else None,
         recovery=Recovery(world) if broker else None,
         reports=Files(journal, run, directory),
@@ -290,7 +375,17 @@ def desk(
         runbook=runbook,
         window=window or Window(),
         update=update,
+        waivers=waivers or {},
     )
+
+
+def worker(name: str, **change: Any) -> Worker:
+    """A worker in good health."""
+    good = Worker(
+        f"instance of {name}", name, answers=True, queues=("celery",), canary=True, processes=2,
+        broker=("broker.test", 6379), settings=SETTINGS,
+    )  # fmt: skip
+    return replace(good, **change)
 
 
 def service_update(clock: FakeClock) -> ServiceUpdate:
