@@ -168,6 +168,7 @@ class Group:
     members: tuple[Member, ...] = ()
     node_groups: tuple[str, ...] = ()
     """The status of each node group (shard)."""
+    node_group_ids: tuple[str, ...] = ()
     automatic_failover: str = ""
     multi_az: str = ""
     cluster_enabled: bool | None = None
@@ -175,6 +176,7 @@ class Group:
     """The names of the modifications that wait to be applied."""
     global_datastore: str = ""
     engine: str = ""
+    node_type: str = ""
     effective_durability: str = ""
 
     @classmethod
@@ -188,12 +190,14 @@ class Group:
                 for member in node_group.get("NodeGroupMembers", ())
             ),
             node_groups=tuple(node_group.get("Status", "") for node_group in row.get("NodeGroups", ())),
+            node_group_ids=tuple(node_group.get("NodeGroupId", "") for node_group in row.get("NodeGroups", ())),
             automatic_failover=row.get("AutomaticFailover", ""),
             multi_az=row.get("MultiAZ", ""),
             cluster_enabled=row.get("ClusterEnabled"),
             pending=_pending(row),
             global_datastore=row.get("GlobalReplicationGroupInfo", {}).get("GlobalReplicationGroupId", ""),
             engine=row.get("Engine", ""),
+            node_type=row.get("CacheNodeType", ""),
             effective_durability=row.get("EffectiveDurability", ""),
         )
 
@@ -217,6 +221,8 @@ class Node:
     engine_version: str = ""
     pending: tuple[str, ...] = ()
     maintenance_window: str = ""
+    engine: str = ""
+    node_type: str = ""
 
     @classmethod
     def of(cls, row: Row) -> Node:
@@ -226,6 +232,8 @@ class Node:
             engine_version=row.get("EngineVersion", ""),
             pending=_pending(row),
             maintenance_window=row.get("PreferredMaintenanceWindow", ""),
+            engine=row.get("Engine", ""),
+            node_type=row.get("CacheNodeType", ""),
         )
 
 
@@ -258,11 +266,22 @@ class Unprocessed:
 
 
 @dataclass(frozen=True)
+class Modification:
+    """What to change of a group, in the words of ModifyReplicationGroup; empty is left as it is."""
+
+    engine: str = ""
+    engine_version: str = ""
+    parameter_group: str = ""
+    node_type: str = ""
+
+
+@dataclass(frozen=True)
 class Application:
-    """What BatchApplyUpdateAction answered for one group. It answers 200 also when it did nothing."""
+    """What a request to change a group, or BatchStopUpdateAction, answered. Batch* answer 200 also when they did
+    nothing."""
 
     status: str | None
-    """The status of the update action if the request was processed."""
+    """The status of the update action, or of the group, if the request was processed."""
     unprocessed: Unprocessed | None = None
 
 
