@@ -66,6 +66,7 @@ def judge(situation: Situation) -> tuple[Check, ...]:
     checks = [
         Check(name, verdict, evidence, why, "" if verdict is Verdict.PASS else mend)
         for name, look, why, mend in CHECKS
+        if situation.choice.is_update or not name.startswith("update")
         for verdict, evidence in (look(situation),)
     ]
     if situation.choice.adopted:
@@ -125,6 +126,10 @@ def _one_shard(at: Situation) -> tuple[Verdict, str]:
 
 def _no_global_datastore(at: Situation) -> tuple[Verdict, str]:
     return _require(not at.group.global_datastore, at.group.global_datastore or "no member of a Global Datastore")
+
+
+def _operation(at: Situation) -> tuple[Verdict, str]:
+    return Verdict.PASS, f"{at.choice.what} is {at.choice.status}"
 
 
 def _update_status(at: Situation) -> tuple[Verdict, str]:
@@ -205,6 +210,7 @@ CHECKS: tuple[tuple[str, Judge, str, str], ...] = (
      "patch groups with several shards by hand"),
     ("no-global-datastore", _no_global_datastore, "in a Global Datastore another region takes part in a failover",
      "patch it by hand, region by region"),
+    ("operation", _operation, "this is what the run is about", ""),
     ("update", _update_status, "this is the update that the run is about", ""),
     ("update-dates", _update_dates, "after its end date an update cannot be applied; the other dates are deadlines",
      "aws elasticache describe-service-updates shows all three dates"),

@@ -6,12 +6,14 @@ There is no clock on it. A step learns the time from its :class:`~patchpilot.eng
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from patchpilot.elasticache.facts import Application, Event, Group, Node, ServiceUpdate, UpdateAction
+from patchpilot.elasticache.facts import Application, Event, Group, Modification, Node, ServiceUpdate, UpdateAction
+from patchpilot.engine.requests import Request
 from patchpilot.errors import Corrupt
+from patchpilot.phases.order import Order
 from patchpilot.recovery.findings import Applied, Finding, Window
 from patchpilot.settings import Role, Runbook
 from patchpilot.valkey.nodes import Report
@@ -31,6 +33,20 @@ class Cloud(Protocol):
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]: ...
 
     def apply(self, update: str, group: str) -> Application: ...
+
+    def stop(self, update: str, group: str) -> Application: ...
+
+    def modify(self, group: str, change: Modification) -> Application: ...
+
+    def test_failover(self, group: str, node_group: str) -> Application: ...
+
+    def node_types(self, group: str) -> tuple[str, ...]: ...
+
+
+class Gauge(Protocol):
+    """The metric that can stop a rotation: :class:`patchpilot.elasticache.metrics.Metrics`."""
+
+    def newest(self, now: datetime) -> tuple[float, ...]: ...
 
 
 class Nodes(Protocol):
@@ -86,8 +102,16 @@ class Desk:
     """What is wrong with PostgreSQL's schema: :func:`patchpilot.postgres.journal.outdated`."""
     runbook: Runbook
     window: Window
-    update: str | None = None
-    """The service update asked for; None for the newest one that applies."""
+    order: Order = field(default_factory=Order)
+    """What the run was asked to do."""
+    environment: str = "default"
+    requests: Callable[[], Sequence[Request]] = tuple
+    """What people have asked of this run so far, oldest first."""
+    recall: Callable[[str], Mapping[str, Any] | None] = lambda _: None
+    """The plan with this digest, if one was made for this cluster."""
+    gauge: Gauge | None = None
+    waived: Collection[str] = ()
+    """The names of the checks that somebody has waived."""
 
     def __post_init__(self) -> None:
         if self.role == "broker" and (self.nodes is None or self.recovery is None):

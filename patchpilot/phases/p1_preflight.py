@@ -9,10 +9,11 @@ from patchpilot import __version__
 from patchpilot.engine.plan import Contradicted, Data, Effect, Observation, Phase, Reached, Step, View
 from patchpilot.errors import Blocked, NothingToDo
 from patchpilot.phases.checks import Check, Situation, blocking, judge
-from patchpilot.phases.choice import choose
 from patchpilot.phases.cures import cure, recover
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
+from patchpilot.phases.operations import operation
+from patchpilot.phases.proposal import HoldToPlan
 from patchpilot.phases.readings import read_endpoint, read_members
 
 
@@ -20,7 +21,8 @@ class Preflight(Phase):
     """Check that patching is safe, and recover what is stuck."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("preflight", "check that patching is safe", (Readiness(desk), RecoverBeforehand(desk)))
+        steps = (HoldToPlan(desk), Readiness(desk), RecoverBeforehand(desk))
+        super().__init__("preflight", "check that patching is safe", steps)
 
 
 class Readiness(Step):
@@ -41,7 +43,7 @@ class Readiness(Step):
             "cluster": desk.cluster,
             "group": desk.group,
             "role": desk.role,
-            "asked": desk.update,
+            "asked": desk.order.update,
             "grace": desk.runbook.grace.total_seconds(),
             "window": noted(desk.window),
         }
@@ -57,8 +59,11 @@ class Readiness(Step):
             return Contradicted(_refusal(failed), seen={"checks": noted(checks)})
         return Reached({
             "checks": noted(checks),
+            "operation": situation.choice.operation,
+            "aim": dict(situation.choice.aim),
+            "what": situation.choice.what,
             "update": noted(situation.choice.update),
-            "action": noted(situation.choice.action),
+            "action": noted(situation.choice.action) if situation.choice.is_update else None,
             "adopted": situation.choice.adopted,
             "group": noted(situation.group),
             "versions": {node.node: node.engine_version for node in situation.nodes},
@@ -92,12 +97,13 @@ def read(desk: Desk, view: View) -> Situation:
     actions = desk.cloud.update_actions(desk.group)
     # The group first: of one that does not exist AWS lists no update action either, and that is not "nothing to do".
     group = desk.cloud.group(desk.group)
-    choice = choose(actions, desk.cloud.service_updates(), view.now, desk.update)
+    nodes = desk.cloud.nodes(group)
+    choice = operation(desk).choose(group, nodes, actions, view.now)
     return Situation(
         now=view.now,
         role=desk.role,
         group=group,
-        nodes=desk.cloud.nodes(group),
+        nodes=nodes,
         actions=actions,
         choice=choice,
         endpoint=read_endpoint(desk),

@@ -11,8 +11,8 @@ from patchpilot.elasticache.facts import Group, UpdateAction
 from patchpilot.engine.plan import Contradicted, NotYet, Observation, Phase, Reached, Step, View
 from patchpilot.errors import VerificationFailed
 from patchpilot.phases.desk import Desk
+from patchpilot.phases.goal import find, other_goal
 from patchpilot.phases.notes import length, moment, noted
-from patchpilot.phases.p2_trigger import find
 from patchpilot.phases.readings import read_endpoint, read_members
 from patchpilot.recovery.findings import Finding
 from patchpilot.valkey.nodes import Report
@@ -39,6 +39,7 @@ class Evidence:
     """Everything the claims rest on, read at one moment. A string in place of a report says why there is none."""
 
     action: UpdateAction | None
+    """None while AWS does not list it, and for an operation that is no service update."""
     group: Group
     endpoint: Report | str | None
     """None for a cluster without an endpoint in the configuration."""
@@ -47,6 +48,8 @@ class Evidence:
     """None for a cluster that is no broker."""
     min_age: timedelta = timedelta()
     """How long something makes no progress before it counts as stuck."""
+    goal: Claim | None = None
+    """What is claimed of the operation, if that is not that a service update is complete."""
 
 
 class Prove(Step):
@@ -80,6 +83,7 @@ class Prove(Step):
         group = desk.cloud.group(desk.group)
         return Evidence(
             action=find(desk, view.facts["trigger"]["update"]),
+            goal=Claim(*reached) if (reached := other_goal(desk, view)) else None,
             group=group,
             endpoint=read_endpoint(desk) if desk.nodes else None,
             members=read_members(desk, group) if desk.nodes else {},
@@ -90,7 +94,7 @@ class Prove(Step):
 
 def claims(at: Evidence) -> tuple[Claim, ...]:
     """What has to be true, and whether it is. Pure."""
-    proof = [_complete(at.action), _available(at.group)]
+    proof = [at.goal or _complete(at.action), _available(at.group)]
     if at.endpoint is not None:
         proof += [_answers(at.endpoint), _one_primary(at), _replicas_follow(at)]
     if at.stuck is not None:
