@@ -30,6 +30,7 @@ from patchpilot.cli.orders import (
 )
 from patchpilot.clock import SYSTEM
 from patchpilot.phases.desk import Reports
+from patchpilot.phases.notes import clock_time, moment
 from patchpilot.phases.order import settle
 from patchpilot.phases.proposal import digest, propose
 from patchpilot.postgres import requests
@@ -90,6 +91,10 @@ def plan(
     say(f"to do exactly this: patchpilot run --cluster {cluster} --plan {key}")
 
 
+def _date(note: str | None) -> str:
+    return clock_time(moment(note)) if note else "AWS does not say"
+
+
 def _lines(content: dict[str, Any]) -> list[tuple[str, str]]:
     dates = content["dates"] or {}
     automatic = {True: "yes", False: "no", None: "AWS does not say"}[dates.get("automatic")]
@@ -108,8 +113,8 @@ def _lines(content: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if content["dates"]:
         lines += [
-            ("recommended by", dates["recommended_by"]),
-            ("cannot be applied after", dates["ends"]),
+            ("recommended by", _date(dates["recommended_by"])),
+            ("cannot be applied after", _date(dates["ends"])),
             ("applied by AWS itself", f"{automatic} (after the recommended date)"),
         ]
     return [(title, str(value)) for title, value in lines if value]

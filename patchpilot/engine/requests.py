@@ -33,7 +33,8 @@ class Request:
 
     def __str__(self) -> str:
         reason = f": {self.reason}" if self.reason else ""
-        return f"{self.ask} asked for by {self.by}{reason}"
+        what = "approved" if self.ask is Ask.APPROVE else f"{self.ask} asked for"
+        return f"{what} by {self.by}{reason}"
 
 
 def stop(requests: Iterable[Request]) -> Request | None:

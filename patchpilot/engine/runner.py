@@ -174,7 +174,8 @@ class Runner:
         record = self._record.step(step.name)
         redraw = step.effect is Effect.OBSERVABLE and not self._touched(step.name)
         if record.intent is None or record.reached is not None or redraw:
-            blank = View(self._journal.run_id, self._clock.now(), self._record.facts(), since=self._clock.now())
+            now, before = self._clock.now(), record.intent.data if record.intent else {}
+            blank = View(self._journal.run_id, now, self._record.facts(), since=now, intent=before)
             self._write(Kind.INTENDED, phase.name, step.name, self._patiently(phase, step, lambda: step.intend(blank)))
 
     def _turn(self, phase: Phase, step: Step) -> bool:

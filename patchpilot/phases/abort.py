@@ -18,7 +18,7 @@ def reason_to_stop(desk: Desk, at: Standing, now: datetime) -> Data | None:
     """Why the rotation has to be stopped, and who says so; None if it has not."""
     if request := stop(desk.requests()):
         return {"why": str(request), "by": request.by}
-    if at.sign is not Sign.RUNNING or at.status == UpdateStatus.STOPPING:
+    if at.sign is not Sign.RUNNING or at.status == UpdateStatus.STOPPING or not at.update:
         return None
     why = _too_much_stuck(desk) or _past_the_limit(desk, now)
     return {"why": why, "by": "patchpilot"} if why else None

@@ -66,6 +66,8 @@ class Apply(Step):
         seen = look(view, at, self._desk.runbook, self._operation)
         if isinstance(seen, Reached):
             return Reached({**seen.fact, "held_to": self._desk.order.plan}, seen.say)
+        if isinstance(seen, NotYet) and not _tried(view) and (request := stop(self._desk.requests())):
+            return Contradicted(Aborted(f"ended before anything was started: {request}"))
         return self._held_back(view) or seen if _starts(seen) else seen
 
     def act(self, view: View) -> Data:
@@ -87,8 +89,6 @@ class Apply(Step):
 
     def _held_back(self, view: View) -> Observation | None:
         """Why the request may not be made, now that all else is ready for it."""
-        if not _tried(view) and (request := stop(self._desk.requests())):
-            return Contradicted(Aborted(f"ended before anything was started: {request}"))
         bound = view.facts["approve"].get("proposal") or view.facts["plan"].get("held")
         if bound is None or _tried(view):
             return None

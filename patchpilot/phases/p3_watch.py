@@ -63,7 +63,7 @@ class _Following(Step):
         """What was seen before this look; at first, what the trigger left."""
         trigger = view.facts["trigger"]
         return view.seen or {
-            "rotation": Rotation(primary=trigger["primary"], primary_since=moment(trigger["since"])).note(),
+            "rotation": Rotation.begin(trigger["primary"], moment(trigger["since"])).note(),
             "update": trigger["update"],
         }
 
@@ -81,9 +81,10 @@ class FollowRotation(_Following):
 
     def observe(self, view: View) -> Observation:
         at, sight, followed = self._look(view)
-        stop = None if at.sign is Sign.OVER else reason_to_stop(self._desk, at, view.now)
+        too_late = at.sign is Sign.OVER and (self._operation.acts or at.update is not None)
+        stop = None if too_late else reason_to_stop(self._desk, at, view.now)
         aside = ""
-        if stop and not (self._operation.stoppable and at.update):
+        if stop and not self._operation.stoppable:
             aside, stop = f"; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
         return look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
 
@@ -122,6 +123,7 @@ def _end(view: View, sight: Sight, seen: Data, at: Standing) -> Data:
 class StopRotation(_Following):
     """If the rotation had to be stopped: it is at rest, and the group is available again.
 
+    What is only observed, and is no service update, cannot be stopped: then this waits until it has come to rest.
     Nodes in progress are finished and nothing is rolled back: after the last one the update is complete all the same.
     """
 
@@ -161,7 +163,8 @@ def wind_down(view: View, at: Standing, sight: Sight, followed: Followed, runboo
         if view.now >= confirmed:
             return Reached({**_end(view, sight, seen, at), "needed": True, "attempts": len(view.attempts)})
         return NotYet(f"{followed.line(at)}; waiting to be sure that it has stopped", until=confirmed, seen=seen)
-    if at.sign is Sign.RUNNING and at.status != UpdateStatus.STOPPING and _ask_again(view, runbook):
+    going_on = at.sign is Sign.RUNNING and at.status != UpdateStatus.STOPPING
+    if going_on and view.intent["update"] and _ask_again(view, runbook):
         return NotYet(followed.line(at), act=True, seen=seen)
     error = stalled(view, at, followed, runbook)
     return Contradicted(error, seen) if error else NotYet(followed.line(at), seen=seen)

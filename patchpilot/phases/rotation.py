@@ -85,6 +85,9 @@ class Rotation:
     """Who it is as AWS last said, which may lag behind; None while AWS has said nothing but ``primary``."""
     replid: str = ""
     """The replication history of the primary, by its own word."""
+    first: str | None = None
+    """Who it was when the rotation began, and when that was: what made that node the primary is no part of it."""
+    began: datetime | None = None
     still: datetime | None = field(default=None, compare=False)
     """When the nodes last said that ``primary`` is the primary. Not on record: it would change with every look."""
 
@@ -98,7 +101,14 @@ class Rotation:
             previous=note["previous"],
             aws=note.get("aws"),
             replid=note.get("replid", ""),
+            first=note.get("first"),
+            began=moment(note["began"]) if note.get("began") else None,
         )
+
+    @classmethod
+    def begin(cls, primary: str | None, since: datetime) -> Rotation:
+        """Nothing has happened yet."""
+        return cls(primary=primary, primary_since=since, first=primary, began=since)
 
     def note(self) -> dict[str, Any]:
         """As the journal stores it."""
@@ -120,7 +130,8 @@ class Rotation:
         """
         known = self.failovers
         for told in filter(None, map(failover, sorted(events))):
-            known = _add(known, self._possible(told, now))
+            if told.to != self.first or self.began is None or told.at >= self.began:
+                known = _add(known, self._possible(told, now))
         if said is not None:
             return replace(self, failovers=known, aws=primary or self.aws)._hear(said, now)
         if primary is None or primary == (self.aws or self.primary) or self._is_stale(primary, now):
@@ -144,7 +155,7 @@ class Rotation:
         known = self.failovers
         if not told_of and self.primary is not None:
             known = _add(known, Failover(now, primary, self.primary, "roles", after=self.still))
-        return Rotation(known, primary, now, self.primary, self.aws)
+        return replace(self, failovers=known, primary=primary, primary_since=now, previous=self.primary, replid="")
 
     def _is_stale(self, primary: str, now: datetime) -> bool:
         """Whether this is an old answer: AWS's are eventually consistent, and one may be older than the one before."""
@@ -155,9 +166,11 @@ class Rotation:
 
         AWS's clock is behind ours then, and a grace that counted from its date would be too short.
         """
-        if self.still is None or told.to == self.primary or not told.at < self.still <= told.at + ASTRAY:
+        heard_of = any(_same(each, told) for each in self.failovers)
+        earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
+        if heard_of or earlier or told.to == self.primary or self.still is None:
             return told
-        return replace(told, at=now, dated=told.at)
+        return replace(told, at=now, dated=told.at) if told.at < self.still <= told.at + ASTRAY else told
 
 
 def failover(event: Event) -> Failover | None:
@@ -179,11 +192,16 @@ def _failover(note: Mapping[str, Any]) -> Failover:
 def _add(known: tuple[Failover, ...], told: Failover) -> tuple[Failover, ...]:
     """``known`` and ``told``, which may be one of them: told again, or told of after its effect was seen."""
     for number, each in enumerate(known):
-        # An event may appear long after the roles showed what happened, but its own date is not later.
-        late = each.told_by == "roles" and told.told_by == "events" and _date(told) <= _date(each) + SAME
-        if each.to == told.to and (abs(_date(each) - _date(told)) <= SAME or late):
+        if _same(each, told):
             return (*known[:number], _better(each, told), *known[number + 1 :])
     return tuple(sorted((*known, told), key=lambda failover: failover.at))
+
+
+def _same(known: Failover, told: Failover) -> bool:
+    """Whether both are reports of one failover."""
+    # An event may appear long after the roles showed what happened, but its own date is not later.
+    late = known.told_by == "roles" and told.told_by == "events" and _date(told) <= _date(known) + SAME
+    return known.to == told.to and (abs(_date(known) - _date(told)) <= SAME or late)
 
 
 def _date(failover: Failover) -> datetime:

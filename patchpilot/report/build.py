@@ -100,9 +100,13 @@ def _latest(record: RunRecord, step: str) -> Mapping[str, Any]:
 def _operation(record: RunRecord, facts: Mapping[str, Any]) -> Json:
     """What the run was asked to do, what that came to, and who agreed to it."""
     ready, plan, approved = facts.get("readiness", {}), facts.get("plan", {}), facts.get("approve", {})
+    kind, update = (
+        ready.get("operation") or record.order.get("operation", "service-update"),
+        _rotated(record).get("update"),
+    )
     return {
-        "kind": ready.get("operation") or record.order.get("operation", "service-update"),
-        "what": ready.get("what"),
+        "kind": kind,
+        "what": f"observation of {update}" if kind == "observe" and update else ready.get("what"),
         "plan": plan.get("digest"),
         "held_to": record.order.get("plan"),
         "approved_by": approved.get("by"),

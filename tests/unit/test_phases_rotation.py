@@ -21,7 +21,7 @@ from patchpilot.valkey.nodes import Report
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 RULES = Runbook(stall=timedelta(hours=2), node_stall=timedelta(hours=1), grace=timedelta(minutes=5))
-START = Rotation(primary="a", primary_since=NOON)
+START = Rotation.begin("a", NOON)
 
 
 def minutes(number: float) -> datetime:
@@ -139,6 +139,26 @@ def test_a_clock_of_aws_that_is_behind_ours_does_not_make_the_grace_shorter(behi
     for seen in (at_once, late, Rotation.of(late.note()).follow("b", [event], minutes(15), Said("b"))):
         (counted,) = seen.failovers
         assert (counted.at, counted.dated, counted.told_by) == (minutes(10.25), event.at, "events")
+
+
+def test_what_made_the_first_primary_one_is_no_part_of_the_rotation_however_often_its_event_is_read() -> None:
+    before = [told(-1, "a", "c")]
+    seen = START.follow("a", before, minutes(1), Said("a")).follow("a", before, minutes(2), Said("a"))
+    assert seen.failovers == ()
+    moved = seen.follow("b", [*before, told(3)], minutes(3.25), Said("b"))
+    for now in (3.5, 4, 8):
+        moved = moved.follow("b", [*before, told(3)], minutes(now), Said("b"))
+    assert [(each.at, each.to) for each in moved.failovers] == [(minutes(3), "b")]
+    back = moved.follow("a", [*before, told(3), told(20, "a", "b")], minutes(20), Said("a"))
+    assert [(each.at, each.to) for each in back.failovers] == [(minutes(3), "b"), (minutes(20), "a")]
+
+
+def test_an_event_that_is_read_again_after_the_next_failover_keeps_its_date() -> None:
+    seen = START.follow("b", [told(3)], minutes(3), Said("b")).follow("b", [told(3)], minutes(5), Said("b"))
+    both = [told(3), told(6, "c", "b")]
+    for now in (6, 6.5, 7, 7.5):
+        seen = seen.follow("c", both, minutes(now), Said("c"))
+    assert [(each.at, each.to) for each in seen.failovers] == [(minutes(3), "b"), (minutes(6), "c")]
 
 
 def test_an_event_of_long_ago_that_appears_late_is_not_taken_for_a_wrong_clock() -> None:

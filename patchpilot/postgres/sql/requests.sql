@@ -27,7 +27,7 @@ ON CONFLICT (environment, cluster, digest) DO NOTHING
 SELECT plan.content, (
     SELECT run.id FROM patchpilot.run
     JOIN patchpilot.run_entry AS entry ON entry.run_id = run.id AND entry.step = 'trigger' AND entry.kind = 'reached'
-    WHERE run.environment = plan.environment AND run.cluster = plan.cluster AND run.outcome IN ('done', 'aborted')
+    WHERE run.environment = plan.environment AND run.cluster = plan.cluster AND run.outcome = 'done'
       AND entry.data ->> 'held_to' = plan.digest
     LIMIT 1
 ) AS carried_out_by
