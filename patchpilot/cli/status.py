@@ -18,7 +18,7 @@ from patchpilot.cli.console import (
     say,
 )
 from patchpilot.engine.journal import RunRecord, State
-from patchpilot.engine.requests import Request
+from patchpilot.engine.requests import Request, approval
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import Run, entries, find_run, runs
 from patchpilot.postgres.requests import requests
@@ -70,9 +70,10 @@ def _show_run(database: Database, run: Run, output: Output) -> None:
         emit(f"{entry.at:%H:%M:%S}  {entry.kind:12}  {where:28}  {entry.data.get('why', '')}".rstrip())
     for request in asked:
         emit(f"{request.at:%H:%M:%S}  {request}")
-    pending = RunRecord.of(journal).step("approve")
-    if pending.state is State.LOOKING and pending.seen.get("digest"):
-        emit(f"waits for the approval of plan {pending.seen['digest']}: {pending.seen['proposal']['what']}")
+    waiting = RunRecord.of(journal).step("approve")
+    pending = waiting.seen.get("digest") if waiting.state is State.LOOKING else None
+    if pending and not approval(asked, pending):
+        emit(f"waits for the approval of plan {pending}: {waiting.seen['proposal']['what']}")
 
 
 def _request(request: Request) -> dict[str, Any]:

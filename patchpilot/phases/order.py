@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -100,7 +100,11 @@ class Order:
 
 
 def settle(asked: Mapping[str, str | None], on_record: Mapping[str, Any] | None, *, begun: bool) -> Order:
-    """The order that holds: what is asked for now, or what is on record if nothing is.
+    """The order that holds.
+
+    Once a run has begun, that is the one on record, and nothing may be asked for that would change it. Until then the
+    command line says what to do; but a plan stays good while nothing else is asked for, and nobody gets past an
+    approval by leaving the option out.
 
     :param asked: the options of the command line by field name; None where one was not given.
     :param on_record: the order of the run that is taken up; None for a new run.
@@ -111,18 +115,27 @@ def settle(asked: Mapping[str, str | None], on_record: Mapping[str, Any] | None,
     if on_record is None:
         return _read(given)
     known = Order.of(on_record)
-    if not given:
-        return known
     if not begun:
-        return _read(given)
+        return _not_begun(given, known)
     different = {name: value for name, value in given.items() if getattr(known, name) != value}
     if different:
         options = ", ".join(f"{_option(name)} {value}" for name, value in different.items())
         raise Usage(
-            f"the unfinished run of this cluster is a {known.title}, and has begun: {options} would change it. "
+            f"the unfinished run of this cluster ({known.title}) has begun: {options} would change it. "
             "Run the same command without these options to go on with it"
         )
     return known
+
+
+def _not_begun(given: dict[str, str], known: Order) -> Order:
+    if not given:
+        return known if known.plan or known.approve_before else Order()
+    asked = _read(given)
+    return (
+        asked
+        if asked.operation is Kind.OBSERVE
+        else replace(asked, approve_before=asked.approve_before or known.approve_before)
+    )
 
 
 def _read(given: Mapping[str, str]) -> Order:

@@ -89,5 +89,28 @@ def test_the_run_remembers_its_start_its_last_resumption_and_its_end() -> None:
     assert (record.started, record.resumed, record.finished) == (entries[0], entries[2], entries[3])
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (Kind.INTENDED,),
+        (Kind.RESUMED,),
+        (Kind.STARTED, Kind.STARTED),
+        (Kind.STARTED, Kind.FINISHED, Kind.RESUMED),
+        (Kind.STARTED, Kind.FINISHED, Kind.INTENDED),
+        (Kind.STARTED, Kind.FINISHED, Kind.FINISHED),
+    ],
+)
+def test_steps_are_taken_while_the_run_is_under_way_and_nothing_follows_its_end(kinds: tuple[Kind, ...]) -> None:
+    with pytest.raises(Corrupt, match=f"entry {len(kinds)} .* cannot follow"):
+        RunRecord.of(story(*kinds))
+
+
+def test_the_order_is_the_last_one_on_record() -> None:
+    orders = [Entry(n, NOON, kind, data={"order": {"n": n}}) for n, kind in enumerate((Kind.STARTED, Kind.RESUMED))]
+    assert RunRecord.of(orders[:1]).order == {"n": 0}
+    assert RunRecord.of(orders).order == {"n": 1}
+    assert RunRecord.of([Entry(1, NOON, Kind.STARTED)]).order == {}
+
+
 def test_data_is_compared_as_the_journal_will_give_it_back() -> None:
     assert plain({"a": (1, (2,)), "b": {3: None}}) == {"a": [1, [2]], "b": {"3": None}}
