@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean help
+.PHONY: demo test test-slow lint format docs clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -26,14 +26,17 @@ test-slow: $(STAMP)  ## the longer proofs
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
-	$(BIN)/ruff check patchpilot tests
-	$(BIN)/ruff format --check patchpilot tests
+	$(BIN)/ruff check patchpilot tests tools
+	$(BIN)/ruff format --check patchpilot tests tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## ruff format and the fixes ruff is sure of
-	$(BIN)/ruff format patchpilot tests
-	$(BIN)/ruff check --fix patchpilot tests
+	$(BIN)/ruff format patchpilot tests tools
+	$(BIN)/ruff check --fix patchpilot tests tools
+
+docs: $(STAMP)   ## write the diagrams and the index of the runbooks anew
+	$(BIN)/python -m tools.docs
 
 clean:           ## the virtual environment, caches and reports
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab
