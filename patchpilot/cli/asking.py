@@ -16,10 +16,13 @@ from patchpilot.phases.operations import OPERATIONS
 from patchpilot.phases.order import Order
 from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
-from patchpilot.postgres.journal import entries
+from patchpilot.postgres.journal import entries, find_run
 from patchpilot.settings import Settings
 
 ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; it goes into the report.")]
+
+
+_NOBODY = "no process works on it at the moment: give the same `patchpilot run` command again"
 
 
 class _Run:
@@ -30,6 +33,8 @@ class _Run:
         self.id = requests.unfinished(database, settings.environment, cluster)
         self.record = RunRecord.of(entries(database, self.id))
         self.requests = requests.requests(database, self.id)
+        lease = find_run(database, self.id).lease
+        self.live = lease is not None and lease.live
         self._database = database
 
     def step(self, name: str) -> StepRecord:
@@ -54,7 +59,7 @@ def stop(
     with _database(config) as (settings, database):
         run = _Run(settings, cluster, database)
         _refuse_to_stop(run)
-        _told(run.ask(Ask.STOP, reason), run.id, "the run sees it at its next look", output)
+        _told(run, run.ask(Ask.STOP, reason), "the run sees it at its next look", output)
 
 
 def pause(
@@ -68,7 +73,7 @@ def pause(
         run = _Run(settings, cluster, database)
         if asked.hold(run.requests):
             raise NothingToDo(f"run {run.id} is to pause already")
-        _told(run.ask(Ask.PAUSE, reason), run.id, "the run stays at its next checkpoint", output)
+        _told(run, run.ask(Ask.PAUSE, reason), "the run stays at its next checkpoint", output)
 
 
 def resume(
@@ -85,7 +90,7 @@ def resume(
         run = _Run(settings, cluster, database)
         if not asked.hold(run.requests):
             raise NothingToDo(f"run {run.id} is not told to pause")
-        _told(run.ask(Ask.RESUME, reason), run.id, "the run goes on", output)
+        _told(run, run.ask(Ask.RESUME, reason), "the run goes on", output)
 
 
 def approve(
@@ -116,7 +121,7 @@ def approve(
         if plan not in {None, pending}:
             raise Usage(f"what waits is plan {pending}, not {plan}: see `patchpilot status {run.id}`")
         what = f"{waiting.seen['proposal']['what']} (plan {pending})"
-        _told(run.ask(Ask.APPROVE, reason, pending), run.id, f"approved: {what}", output)
+        _told(run, run.ask(Ask.APPROVE, reason, pending), f"approved: {what}", output)
 
 
 def _refuse_to_stop(run: _Run) -> None:
@@ -130,11 +135,11 @@ def _refuse_to_stop(run: _Run) -> None:
         raise NothingToDo(f"AWS offers no way to stop a running {order.title}: run {run.id} goes on watching it")
 
 
-def _told(request: Request, run_id: str, what: str, output: Output) -> None:
+def _told(run: _Run, request: Request, what: str, output: Output) -> None:
     if output is Output.JSON:
         told = {"ask": str(request.ask), "by": request.by, "at": request.at.isoformat(), "digest": request.digest}
-        emit_json({"run_id": run_id, **told})
-    say(f"{what} (run {run_id})")
+        emit_json({"run_id": run.id, **told})
+    say(f"{what} (run {run.id})" + ("" if run.live else f"; {_NOBODY}"))
 
 
 class _database:  # noqa: N801 - reads as a statement where it is used

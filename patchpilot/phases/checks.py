@@ -62,16 +62,16 @@ Judge = Callable[[Situation], tuple[Verdict, str]]
 
 
 def judge(situation: Situation) -> tuple[Check, ...]:
-    """All checks, in order. For an update that already runs it is too late to block: those become warnings."""
+    """All checks, in order. What already runs, or is only observed, cannot be blocked: those become warnings."""
     checks = [
         Check(name, verdict, evidence, why, "" if verdict is Verdict.PASS else mend)
         for name, look, why, mend in CHECKS
         if situation.choice.is_update or not name.startswith("update")
         for verdict, evidence in (look(situation),)
     ]
-    if situation.choice.adopted:
+    if beyond_us := situation.choice.beyond_us:
         checks = [
-            replace(check, verdict=Verdict.WARN, evidence=f"{check.evidence} (the update already runs)")
+            replace(check, verdict=Verdict.WARN, evidence=f"{check.evidence} ({beyond_us})")
             if check.verdict in {Verdict.BLOCK, Verdict.UNKNOWN}
             else check
             for check in checks

@@ -33,6 +33,13 @@ class Choice:
         return self.running or self.action.status in IN_FLIGHT
 
     @property
+    def beyond_us(self) -> str:
+        """Why it is too late, or not for us, to refuse it; empty if it can be refused."""
+        if self.adopted:
+            return "the update already runs" if self.is_update else "it already runs"
+        return "it is only observed" if self.operation is Kind.OBSERVE else ""
+
+    @property
     def is_update(self) -> bool:
         """Whether AWS has an update action for it."""
         return bool(self.action.update)

@@ -205,6 +205,16 @@ def test_nothing_to_observe_is_nothing_to_do(tmp_path: Path) -> None:
     assert flow.clock.now() - began >= timedelta(minutes=30)
 
 
+def test_what_is_only_observed_is_not_refused(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "observe")
+    flow.world.group_changes = {"multi_az": "disabled", "automatic_failover": "disabled"}
+    flow.run()
+    assert flow.outcome == "done"
+    checks = {check["name"]: check for check in flow.report()["preflight"]["checks"]}
+    assert checks["automatic-failover"]["verdict"] == "warn"
+    assert "it is only observed" in checks["automatic-failover"]["evidence"]
+
+
 def test_a_failover_that_is_no_update_is_observed_until_it_has_been_quiet(tmp_path: Path) -> None:
     flow = Flow(tmp_path, ORDERS["observe"], quiet=timedelta(minutes=10))
     flow.in_(5, lambda: flow.world.fail_over(NAMES[1]))

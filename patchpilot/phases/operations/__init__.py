@@ -6,12 +6,12 @@ from patchpilot.phases.desk import Desk
 from patchpilot.phases.operations.base import Operation, Sign, Standing
 from patchpilot.phases.operations.gameday import GameDay
 from patchpilot.phases.operations.modification import EngineUpgrade, NodeType
-from patchpilot.phases.operations.observe import Observation
+from patchpilot.phases.operations.observe import Observing
 from patchpilot.phases.operations.service_update import ServiceUpdateOperation
 from patchpilot.phases.order import Kind
 
 OPERATIONS: dict[Kind, type[Operation]] = {
-    each.kind: each for each in (ServiceUpdateOperation, EngineUpgrade, NodeType, GameDay, Observation)
+    each.kind: each for each in (ServiceUpdateOperation, EngineUpgrade, NodeType, GameDay, Observing)
 }
 
 __all__ = ["OPERATIONS", "Operation", "Sign", "Standing", "operation"]

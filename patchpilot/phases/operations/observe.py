@@ -16,7 +16,7 @@ from patchpilot.phases.sight import Sight
 from patchpilot.settings import Runbook
 
 
-class Observation(Operation):
+class Observing(Operation):
     """Whatever happens next. A service update is over when AWS says so; anything else when it has long been quiet."""
 
     kind = Kind.OBSERVE
