@@ -110,8 +110,8 @@ class Desk:
     recall: Callable[[str], Mapping[str, Any] | None] = lambda _: None
     """The plan with this digest, if one was made for this cluster."""
     gauge: Gauge | None = None
-    waived: Collection[str] = ()
-    """The names of the checks that somebody has waived."""
+    waivers: Mapping[str, str] = field(default_factory=dict)
+    """The checks that somebody answers for, and why."""
 
     def __post_init__(self) -> None:
         if self.role == "broker" and (self.nodes is None or self.recovery is None):

@@ -55,7 +55,7 @@ def propose(desk: Desk, now: datetime) -> Json:
         "versions": {node.node: f"{node.engine} {node.engine_version}".strip() for node in nodes},
         "node_types": {node.node: node.node_type for node in nodes},
         "grace": desk.runbook.grace.total_seconds(),
-        "waived": sorted(desk.waived),
+        "waived": sorted(desk.waivers),
         "severity": update.severity if update else None,
         "estimate": update.estimate if update else None,
         "dates": {

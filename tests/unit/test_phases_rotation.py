@@ -108,7 +108,8 @@ def test_the_nodes_own_word_is_enough_and_aws_may_lag_behind_for_as_long_as_it_l
     lagging = seen.follow("a", [], minutes(20), Said("b")).follow("a", [], minutes(21))  # the nodes are silent once
     assert (lagging.failovers, lagging.primary) == (seen.failovers, "b")
     caught_up = lagging.follow("b", [], minutes(22))
-    assert (caught_up.failovers, caught_up.primary) == (seen.failovers, "b")
+    assert (caught_up.failovers, caught_up.primary, caught_up.previous) == (seen.failovers, "b", "a")
+    assert caught_up.primary_since == minutes(10)
     back = caught_up.follow("a", [], minutes(30))
     assert [(each.to, each.told_by) for each in back.failovers] == [("b", "roles"), ("a", "roles")]
 
@@ -159,6 +160,13 @@ def test_an_event_that_is_read_again_after_the_next_failover_keeps_its_date() ->
     for now in (6, 6.5, 7, 7.5):
         seen = seen.follow("c", both, minutes(now), Said("c"))
     assert [(each.at, each.to) for each in seen.failovers] == [(minutes(3), "b"), (minutes(6), "c")]
+
+
+def test_an_event_that_is_there_before_the_nodes_know_keeps_its_date() -> None:
+    seen = START
+    for now in (10.1, 10.4, 10.7):
+        seen = seen.follow("a", [told(10)], minutes(now), Said("a"))
+    assert [(each.at, each.to) for each in seen.failovers] == [(minutes(10), "b")]
 
 
 def test_an_event_of_long_ago_that_appears_late_is_not_taken_for_a_wrong_clock() -> None:

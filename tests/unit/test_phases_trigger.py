@@ -86,6 +86,12 @@ def test_an_adopted_update_began_when_its_first_node_did_and_says_who_started_it
     ours = judged(view(3, INTERRUPTED), action("in-progress", *nodes))
     assert isinstance(ours, Reached)
     assert ours.fact["since"] == NOON.isoformat()
+    # The request was interrupted, and AWS says that it was not the one that took effect.
+    assert (ours.fact["how"], ours.fact["attempts"]) == ("adopted", 1)
+    assert ours.say == "adopted: it is in-progress, started by system"
+    by_us = judged(view(3, INTERRUPTED), action("in-progress", replace(nodes[1], initiated_by="customer")))
+    assert isinstance(by_us, Reached)
+    assert (by_us.fact["how"], by_us.say) == ("applied", "")
 
 
 @APPLICABLE
