@@ -6,12 +6,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from patchpilot.elasticache.facts import APPLICABLE, AVAILABLE, IN_FLIGHT, ServiceUpdate, UpdateAction
+from patchpilot.elasticache.facts import APPLICABLE, AVAILABLE, IN_FLIGHT, Group, Node, ServiceUpdate, UpdateAction
 from patchpilot.errors import NeedsOperator, NothingToDo
 from patchpilot.phases.order import Kind
 
 NO_ACTION = UpdateAction(group="", update="", status="")
 """In place of an update action, for operations that are no service update."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What there is to choose from."""
+
+    group: Group
+    nodes: tuple[Node, ...]
+    actions: tuple[UpdateAction, ...]
+    updates: tuple[ServiceUpdate, ...]
 
 
 @dataclass(frozen=True)

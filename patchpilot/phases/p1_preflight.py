@@ -9,6 +9,7 @@ from patchpilot import __version__
 from patchpilot.engine.plan import Contradicted, Data, Effect, Observation, Phase, Reached, Step, View
 from patchpilot.errors import Blocked, NothingToDo
 from patchpilot.phases.checks import Check, Situation, blocking, judge
+from patchpilot.phases.choice import Offer
 from patchpilot.phases.cures import cure, recover
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
@@ -98,7 +99,7 @@ def read(desk: Desk, view: View) -> Situation:
     # The group first: of one that does not exist AWS lists no update action either, and that is not "nothing to do".
     group = desk.cloud.group(desk.group)
     nodes = desk.cloud.nodes(group)
-    choice = operation(desk).choose(group, nodes, actions, view.now)
+    choice = operation(desk).choose(Offer(group, nodes, actions, desk.cloud.service_updates()), view.now)
     return Situation(
         now=view.now,
         role=desk.role,

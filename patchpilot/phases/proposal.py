@@ -13,7 +13,7 @@ from patchpilot.elasticache.facts import Group, UpdateStatus
 from patchpilot.engine.plan import Contradicted, Observation, Reached, Step, View
 from patchpilot.engine.requests import stop
 from patchpilot.errors import Aborted, Blocked, NothingToDo, Usage
-from patchpilot.phases.choice import Choice
+from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
 from patchpilot.phases.operations import operation
@@ -37,7 +37,7 @@ def propose(desk: Desk, now: datetime) -> Json:
     actions = desk.cloud.update_actions(desk.group)
     group = desk.cloud.group(desk.group)
     nodes = desk.cloud.nodes(group)
-    choice = operation(desk).choose(group, nodes, actions, now)
+    choice = operation(desk).choose(Offer(group, nodes, actions, desk.cloud.service_updates()), now)
     update = choice.update
     content: Json = {
         "environment": desk.environment,

@@ -285,6 +285,17 @@ def test_asked_to_stop_after_the_failover_its_damage_is_recovered(tmp_path: Path
     assert flow.world.now.update == UpdateStatus.COMPLETE  # the node in progress was the last one
 
 
+def test_a_failover_while_it_winds_down_begins_the_grace(tmp_path: Path) -> None:
+    flow = stopping(tmp_path, 3, per_node=10)
+    flow.in_(6, lambda: flow.world.fail_over(NAMES[2]))
+    flow.run()
+    assert flow.outcome == "aborted"
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[2]]
+    (grace,) = flow.entries("grace", Kind.INTENDED)
+    assert grace.data["because"] == f"failover to {NAMES[2]}"
+    assert flow.entries("stop", Kind.REACHED)[0].data["nodes"][NAMES[1]]["status"] == "complete"
+
+
 def test_asked_to_stop_before_the_trigger_it_just_ends(tmp_path: Path) -> None:
     flow = Flow(tmp_path)
     flow.world.ask(Ask.STOP)

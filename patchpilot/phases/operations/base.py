@@ -14,10 +14,10 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from patchpilot.elasticache.facts import Application, Group, Node, UpdateAction
+from patchpilot.elasticache.facts import Application, Node
 from patchpilot.engine.plan import Data
 from patchpilot.errors import Corrupt, PatchpilotError
-from patchpilot.phases.choice import Choice
+from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.order import Kind
 from patchpilot.phases.sight import Sight
@@ -95,7 +95,7 @@ class Operation(ABC):
         self.desk = desk
 
     @abstractmethod
-    def choose(self, group: Group, nodes: tuple[Node, ...], actions: tuple[UpdateAction, ...], now: datetime) -> Choice:
+    def choose(self, offer: Offer, now: datetime) -> Choice:
         """What exactly is to be done.
 
         :raises NothingToDo: it is done already.

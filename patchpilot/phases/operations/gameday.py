@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from patchpilot.elasticache.facts import Application, Event, Group, Node, UpdateAction
+from patchpilot.elasticache.facts import Application, Event
 from patchpilot.engine.plan import Data
 from patchpilot.errors import NeedsOperator
-from patchpilot.phases.choice import Choice
+from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.operations.base import Operation, Sign, Standing, node_rows
 from patchpilot.phases.order import Kind
 from patchpilot.phases.rotation import failover, is_sign
@@ -22,7 +22,8 @@ class GameDay(Operation):
     by_events = True
     settles = 5  # a second one would be a second failover; and nothing is urgent
 
-    def choose(self, group: Group, nodes: tuple[Node, ...], actions: tuple[UpdateAction, ...], now: datetime) -> Choice:
+    def choose(self, offer: Offer, now: datetime) -> Choice:
+        group = offer.group
         if len(group.node_group_ids) != 1:
             raise NeedsOperator(f"a test failover needs exactly one shard, {group.id} has {len(group.node_group_ids)}")
         return Choice(operation=self.kind, aim={"node_group": group.node_group_ids[0]})

@@ -9,10 +9,10 @@ import re
 from abc import abstractmethod
 from datetime import datetime
 
-from patchpilot.elasticache.facts import Application, Group, Modification, Node, UpdateAction
+from patchpilot.elasticache.facts import Application, Group, Modification, Node
 from patchpilot.engine.plan import Data
 from patchpilot.errors import Blocked, NeedsOperator, NothingToDo
-from patchpilot.phases.choice import Choice
+from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.operations.base import Operation, Sign, Standing, node_rows
 from patchpilot.phases.order import Kind
 from patchpilot.phases.sight import Sight
@@ -81,8 +81,8 @@ class EngineUpgrade(_Modification):
     begins = "upgrade the engine, unless that runs already"
     pending_as = "EngineVersion"
 
-    def choose(self, group: Group, nodes: tuple[Node, ...], actions: tuple[UpdateAction, ...], now: datetime) -> Choice:
-        order = self.desk.order
+    def choose(self, offer: Offer, now: datetime) -> Choice:
+        order, group, nodes = self.desk.order, offer.group, offer.nodes
         engine = order.engine or group.engine
         aim = {"engine": engine, "engine_version": order.engine_version or ""}
         if order.parameter_group:
@@ -116,15 +116,15 @@ class NodeType(_Modification):
     begins = "change the node type, unless that runs already"
     pending_as = "CacheNodeType"
 
-    def choose(self, group: Group, nodes: tuple[Node, ...], actions: tuple[UpdateAction, ...], now: datetime) -> Choice:
+    def choose(self, offer: Offer, now: datetime) -> Choice:
         aim = {"node_type": self.desk.order.node_type or ""}
-        choice = self._chosen(aim, group, nodes)
+        choice = self._chosen(aim, offer.group, offer.nodes)
         if choice.adopted:
             return choice
         allowed = self.desk.cloud.node_types(self.desk.group)
         if aim["node_type"] not in allowed:
             raise Blocked(
-                f"AWS does not allow {group.id} to become {aim['node_type']} "
+                f"AWS does not allow {offer.group.id} to become {aim['node_type']} "
                 f"(it allows: {', '.join(allowed) or 'nothing'}): check --node-type"
             )
         return choice

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from patchpilot.elasticache.facts import IN_FLIGHT, Group, Node, UpdateAction, UpdateStatus
+from patchpilot.elasticache.facts import IN_FLIGHT, UpdateAction, UpdateStatus
 from patchpilot.engine.plan import Data
 from patchpilot.errors import NeedsOperator, NothingToDo
-from patchpilot.phases.choice import Choice
+from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.operations import service_update
 from patchpilot.phases.operations.base import Operation, Sign, Standing, node_rows
 from patchpilot.phases.operations.gameday import known_signs, new_signs
@@ -26,18 +26,18 @@ class Observing(Operation):
     by_events = True
     by_actions = True
 
-    def choose(self, group: Group, nodes: tuple[Node, ...], actions: tuple[UpdateAction, ...], now: datetime) -> Choice:
-        asked = self.desk.order.update
+    def choose(self, offer: Offer, now: datetime) -> Choice:
+        asked, actions = self.desk.order.update, offer.actions
         if asked and not any(action.update == asked for action in actions):
             listed = ", ".join(sorted(action.update for action in actions)) or "none"
             raise NeedsOperator(f"AWS lists no update {asked!r} for this group (listed: {listed}): check --update")
         action = next((a for a in actions if a.update == asked), None) or _running(actions, None)
         if asked and action and action.status == UpdateStatus.COMPLETE:
             raise NothingToDo(f"{asked} is complete: there is nothing to observe")
-        busy = not group.available or _running(actions, asked) is not None
+        busy = not offer.group.available or _running(actions, asked) is not None
         if action is None:
             return Choice(operation=self.kind, running=busy)
-        updates = {update.name: update for update in self.desk.cloud.service_updates()}
+        updates = {update.name: update for update in offer.updates}
         return Choice(action, updates.get(action.update), self.kind, {"update": action.update}, running=busy)
 
     def baseline(self, aim: Data, sight: Sight) -> Data:

@@ -8,14 +8,12 @@ from patchpilot.elasticache.facts import (
     APPLICABLE,
     IN_FLIGHT,
     Application,
-    Group,
-    Node,
     UpdateAction,
     UpdateStatus,
 )
 from patchpilot.engine.plan import Data
 from patchpilot.errors import NothingToDo, Unsafe
-from patchpilot.phases.choice import Choice, choose
+from patchpilot.phases.choice import Choice, Offer, choose
 from patchpilot.phases.notes import noted
 from patchpilot.phases.operations.base import Operation, Sign, Standing
 from patchpilot.phases.order import Kind
@@ -31,8 +29,8 @@ class ServiceUpdateOperation(Operation):
     by_nodes = False
     by_actions = True
 
-    def choose(self, group: Group, nodes: tuple[Node, ...], actions: tuple[UpdateAction, ...], now: datetime) -> Choice:
-        return choose(actions, self.desk.cloud.service_updates(), now, self.desk.order.update)
+    def choose(self, offer: Offer, now: datetime) -> Choice:
+        return choose(offer.actions, offer.updates, now, self.desk.order.update)
 
     def baseline(self, aim: Data, sight: Sight) -> Data:
         action = sight.action(aim["update"])
