@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow celery-suite matrix bench lint format clean help
+.PHONY: demo test test-slow celery-suite matrix bench lint format docs clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -35,14 +35,17 @@ matrix: $(STAMP) ## the backend's tests over Pythons, Celerys and servers; CELLS
 	$(BIN)/python -m tests.matrix $(CELLS)
 
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
-	$(BIN)/ruff check patchpilot tests bench
-	$(BIN)/ruff format --check patchpilot tests bench
+	$(BIN)/ruff check patchpilot tests bench tools
+	$(BIN)/ruff format --check patchpilot tests bench tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## ruff format and the fixes ruff is sure of
-	$(BIN)/ruff format patchpilot tests bench
-	$(BIN)/ruff check --fix patchpilot tests bench
+	$(BIN)/ruff format patchpilot tests bench tools
+	$(BIN)/ruff check --fix patchpilot tests bench tools
+
+docs: $(STAMP)   ## write the diagrams and the index of the runbooks anew
+	$(BIN)/python -m tools.docs
 
 clean:           ## the virtual environment, caches and reports
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab .matrix

@@ -20,6 +20,7 @@ class Exit(IntEnum):
     BLOCKED = 5
     LOCK_HELD = 6
     VERIFICATION_FAILED = 7
+    ABORTED = 8
 
 
 class PatchpilotError(Exception):
@@ -32,6 +33,10 @@ class Transient(PatchpilotError):
     """Try again: the far side was away, slow or throttling. The engine does, within a bound, then stops resumably."""
 
     exit_code = Exit.RESUME_LATER
+
+
+class Throttled(Transient):
+    """We ask too often, and the far side said so: it did nothing."""
 
 
 class ResumeLater(PatchpilotError):
@@ -72,6 +77,12 @@ class Unsafe(PatchpilotError):
     """Going on could break a promise, so patchpilot stopped before it did."""
 
     exit_code = Exit.ERROR
+
+
+class Aborted(PatchpilotError):
+    """The run was ended on request, or by an abort criterion, before the update was complete."""
+
+    exit_code = Exit.ABORTED
 
 
 class LockHeld(Unsafe):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -19,16 +17,24 @@ from patchpilot.cli.console import (
     read_settings,
     say,
 )
-from patchpilot.cli.desk import desk_of
+from patchpilot.cli.desk import Outfit
+from patchpilot.cli.orders import (
+    ClusterNameOption,
+    EngineOption,
+    EngineVersionOption,
+    NodeTypeOption,
+    OperationOption,
+    ParameterGroupOption,
+    UpdateOption,
+)
 from patchpilot.clock import SYSTEM
 from patchpilot.engine.plan import View
 from patchpilot.errors import NothingToDo, PatchpilotError, Usage
 from patchpilot.phases.checks import CHECKS, Check, Situation, Verdict, blocking, judge
 from patchpilot.phases.notes import noted
+from patchpilot.phases.order import settle
 from patchpilot.phases.p1_preflight import PATIENCE, read, refusal
 from patchpilot.postgres.connection import Database
-
-SESSION = "patchpilot-preflight"
 
 WaiveOption = Annotated[
     list[str] | None,
@@ -44,12 +50,14 @@ ReasonOption = Annotated[
 
 
 def preflight(
-    cluster: Annotated[str, typer.Option("--cluster", metavar="NAME", help="The cluster's name in the configuration.")],
+    cluster: ClusterNameOption,
     config: ConfigOption = None,
-    update: Annotated[
-        str | None,
-        typer.Option("--update", metavar="NAME", help="The service update to check for [default: the newest]."),
-    ] = None,
+    operation: OperationOption = None,
+    update: UpdateOption = None,
+    engine: EngineOption = None,
+    engine_version: EngineVersionOption = None,
+    parameter_group: ParameterGroupOption = None,
+    node_type: NodeTypeOption = None,
     waive: WaiveOption = None,
     reason: ReasonOption = None,
     output: OutputOption = Output.TEXT,
@@ -62,18 +70,13 @@ def preflight(
     """
     settings = read_settings(config)
     settings.cluster(cluster)
-    waivers = read_waivers(waive, reason)
-    with Database(settings.postgres_dsn()) as database, ExitStack() as stack:
-        desk = desk_of(
-            settings,
-            cluster,
-            database,
-            stack,
-            session_name=SESSION,
-            reports=_NoReports(),
-            update=update,
-            waivers=waivers,
-        )
+    asked = {
+        "operation": operation, "update": update, "engine": engine, "engine_version": engine_version,
+        "parameter_group": parameter_group, "node_type": node_type,
+    }  # fmt: skip
+    order, waivers = settle(asked, None, begun=False), read_waivers(waive, reason)
+    with Database(settings.postgres_dsn()) as database, Outfit(settings, cluster, database, waivers) as outfit:
+        desk = outfit.look(order, "preflight")
         now = SYSTEM.now()
         try:
             # One look, and no second one: what does not answer now is unknown now.
@@ -105,23 +108,13 @@ def read_waivers(checks: Sequence[str] | None, reasons: Sequence[str] | None) ->
     return dict(zip(checks, reasons, strict=True))
 
 
-@dataclass(frozen=True)
-class _NoReports:
-    """Pre-flight by itself writes no report."""
-
-    def current(self) -> dict[str, str] | None:
-        return None
-
-    def write(self) -> dict[str, str]:
-        return {}
-
-
 def _show(cluster: str, at: Situation, checks: tuple[Check, ...], failed: tuple[Check, ...], output: Output) -> None:
     if output is Output.JSON:
         emit_json({
             "cluster": cluster, "group": at.group.id, "role": at.role,
             "outcome": "blocked" if failed else "ready",
-            "update": at.choice.action.update, "adopted": at.choice.adopted,
+            "operation": at.choice.operation, "what": at.choice.what,
+            "update": at.choice.action.update or None, "adopted": at.choice.adopted,
             "checks": noted(checks), "blocked": [check.name for check in failed],
         })  # fmt: skip
         return
@@ -132,7 +125,7 @@ def _show(cluster: str, at: Situation, checks: tuple[Check, ...], failed: tuple[
             emit(f"{check.name}: {check.why}")
             emit(f"  to mend it: {check.mend}" if not check.waived else f"  waived: {check.waived}")
     if not failed:
-        say(f"safe to patch with {at.choice.action.update}")
+        say(f"safe: {at.choice.what}")
 
 
 def _verdict(check: Check) -> str:

@@ -38,6 +38,7 @@ class Calls(Generic[C]):
     def __init__(self, fresh: Callable[[bool], C]) -> None:
         self._fresh = fresh
         self._clients: dict[bool, C] = {}
+        self._accepted = False  # whether AWS has accepted our credentials once
 
     def close(self) -> None:
         """Close all connections; the next call opens new ones."""
@@ -52,15 +53,23 @@ class Calls(Generic[C]):
         self.close()
 
     def _call(self, action: str, ask: Callable[[C], T], *, once: bool = False) -> T:
-        with translated(action, self._region):
+        with translated(action, self._region, renewable=self._accepted):
             try:
-                return ask(self._client(once))
+                answer = ask(self._client(once))
             except ClientError as error:
                 if code_of(error) not in EXPIRED:
                     raise
-            # Whoever renews credentials in a file or a cache does so without telling us. AWS did nothing: ask again.
-            self.close()
-            return ask(self._client(once))
+                # Whoever renews credentials in a file or a cache does so without telling us. AWS did nothing: ask
+                # again, and if they are not renewed yet, with those that lie there at the next look.
+                self.close()
+                try:
+                    answer = ask(self._client(once))
+                except ClientError as again:
+                    if code_of(again) in EXPIRED:
+                        self.close()
+                    raise
+            self._accepted = True
+            return answer
 
     def _region(self) -> str | None:
         return next((client.meta.region_name for client in self._clients.values()), None)

@@ -168,6 +168,7 @@ class Group:
     members: tuple[Member, ...] = ()
     node_groups: tuple[str, ...] = ()
     """The status of each node group (shard)."""
+    node_group_ids: tuple[str, ...] = ()
     automatic_failover: str = ""
     multi_az: str = ""
     cluster_enabled: bool | None = None
@@ -175,6 +176,7 @@ class Group:
     """The names of the modifications that wait to be applied."""
     global_datastore: str = ""
     engine: str = ""
+    node_type: str = ""
     effective_durability: str = ""
     snapshot_window: str = ""
     """Daily, in UTC: ``05:00-06:00``."""
@@ -192,12 +194,14 @@ class Group:
                 for member in node_group.get("NodeGroupMembers", ())
             ),
             node_groups=tuple(node_group.get("Status", "") for node_group in row.get("NodeGroups", ())),
+            node_group_ids=tuple(node_group.get("NodeGroupId", "") for node_group in row.get("NodeGroups", ())),
             automatic_failover=row.get("AutomaticFailover", ""),
             multi_az=row.get("MultiAZ", ""),
             cluster_enabled=row.get("ClusterEnabled"),
             pending=_pending(row),
             global_datastore=row.get("GlobalReplicationGroupInfo", {}).get("GlobalReplicationGroupId", ""),
             engine=row.get("Engine", ""),
+            node_type=row.get("CacheNodeType", ""),
             effective_durability=row.get("EffectiveDurability", ""),
             snapshot_window=row.get("SnapshotWindow", ""),
             endpoint=_primary_endpoint(row),
@@ -227,6 +231,8 @@ class Node:
     parameter_group: str = ""
     parameters_applied: str = ""
     """``in-sync`` once the node has all the values of its parameter group."""
+    engine: str = ""
+    node_type: str = ""
 
     @classmethod
     def of(cls, row: Row) -> Node:
@@ -239,6 +245,8 @@ class Node:
             maintenance_window=row.get("PreferredMaintenanceWindow", ""),
             parameter_group=parameters.get("CacheParameterGroupName", ""),
             parameters_applied=parameters.get("ParameterApplyStatus", ""),
+            engine=row.get("Engine", ""),
+            node_type=row.get("CacheNodeType", ""),
         )
 
 
@@ -294,11 +302,22 @@ class Unprocessed:
 
 
 @dataclass(frozen=True)
+class Modification:
+    """What to change of a group, in the words of ModifyReplicationGroup; empty is left as it is."""
+
+    engine: str = ""
+    engine_version: str = ""
+    parameter_group: str = ""
+    node_type: str = ""
+
+
+@dataclass(frozen=True)
 class Application:
-    """What BatchApplyUpdateAction answered for one group. It answers 200 also when it did nothing."""
+    """What a request to change a group, or BatchStopUpdateAction, answered. Batch* answer 200 also when they did
+    nothing."""
 
     status: str | None
-    """The status of the update action if the request was processed."""
+    """The status of the update action, or of the group, if the request was processed."""
     unprocessed: Unprocessed | None = None
 
 

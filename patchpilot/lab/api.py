@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from patchpilot.lab import rows
+from patchpilot.lab import modifications, rows
 from patchpilot.lab.world import NODE, ActionKey, Group, UpdateAction, View, World
 
 Params = Mapping[str, Any]
@@ -51,6 +51,9 @@ class Operator(Protocol):
     def test_failover(self) -> None:
         """Fail over; the group is `modifying` already."""
 
+    def modify(self, target: modifications.Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already."""
+
 
 class Api:
     """The operations.
@@ -72,6 +75,8 @@ class Api:
             "BatchApplyUpdateAction": self._apply,
             "BatchStopUpdateAction": self._stop,
             "TestFailover": self._test_failover,
+            "ModifyReplicationGroup": self._modify,
+            "ListAllowedNodeTypeModifications": self._node_types,
         }
 
     def answer(self, operation: str, params: Params) -> Answer:
@@ -235,6 +240,27 @@ class Api:
         self._operators[group.group_id].test_failover()
         changed = self._world.view().groups[group.group_id]
         return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _modify(self, params: Params) -> Answer:
+        group = self._group(self._world.view().groups, params.get("ReplicationGroupId"))
+        wanted = modifications.asked(params)
+        try:
+            target = modifications.change(group, wanted)
+        except modifications.Refusal as refusal:
+            raise Fault(refusal.code, refusal.message) from refusal
+        if not params.get("ApplyImmediately"):
+            self._world.modify_group(group.group_id, pending={**group.pending, **wanted})
+        elif wanted or group.pending:
+            if group.group_id not in self._operators or not self._world.claim(group.group_id):
+                raise Fault("InvalidReplicationGroupState", f"Replication group {group.group_id} is not available")
+            self._operators[group.group_id].modify(target)
+        changed = self._world.view().groups[group.group_id]
+        return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _node_types(self, params: Params) -> Answer:
+        group = self._group(self._world.view().groups, params.get("ReplicationGroupId"))
+        larger, smaller = modifications.node_types(group)
+        return {"ScaleUpModifications": larger, "ScaleDownModifications": smaller}
 
     @staticmethod
     def _group(groups: Mapping[str, Group], group_id: str | None) -> Group:

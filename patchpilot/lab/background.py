@@ -52,6 +52,7 @@ grace = "5s"
 poll_interval = "500ms"
 settle = "3s"
 stall = "5m"
+quiet = "5s"
 verify_timeout = "60s"
 
 [recovery]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import PatchpilotError
+from patchpilot.lab.modifications import Change
 from patchpilot.lab.replicas import Closing, Failover, ReplicaSet, Windows
 from patchpilot.lab.servers import ValkeyNode
 from patchpilot.lab.world import AVAILABLE, MODIFYING, NODE, ActionKey, NodeUpdate, UpdateAction, World
@@ -59,6 +60,10 @@ class Rotation:
         """Fail over as TestFailover does; returns at once."""
         self._run(self._test_failover, f"failover of {self._group}")
 
+    def modify(self, target: Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already. Returns at once."""
+        self._run(lambda: self._modify(target), f"modification of {self._group}")
+
     def join(self, *, seconds: float = 120.0) -> bool:
         """Wait for the operation under way, if any. False if it is not over within ``seconds``."""
         if self._thread is not None:
@@ -97,6 +102,18 @@ class Rotation:
             self._update(key, node)
             self._replicas.pause(self.seconds_per_node * _GAP)
         self._finish(key)
+
+    def _modify(self, target: Change) -> None:
+        """Replicas first, then the failover, then the old primary, as for an update."""
+        for name in [node.name for node in [*self._replicas.replicas, self._replicas.primary]]:
+            begun = self._clock.monotonic()
+            self._replicas.pause(self.seconds_per_node * _GAP)
+            if name == self._replicas.primary.name:
+                self._fail_over()
+            self._recover(self._replicas.nodes[name], begun=begun)
+            self._publish(_CLUSTER, name, "Cache cluster patched")
+            self._world.change_member(self._group, name, **asdict(target))
+        self._world.modify_group(self._group, pending={}, status=AVAILABLE, **asdict(target))
 
     def _update(self, key: ActionKey, node: ValkeyNode) -> None:
         begun = self._clock.monotonic()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.lab.launch import Address
@@ -46,6 +46,10 @@ class Member:
     address: Address
     zone: str
     status: str = AVAILABLE
+    engine: str | None = None
+    """What this node is already, or still, while the group is being modified; None for what the group is."""
+    engine_version: str | None = None
+    node_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,8 @@ class Group:
     snapshots: tuple[Snapshot, ...] = ()
     parameter_group: str = "lab-broker-parameters"
     parameters: Mapping[str, str] = field(default_factory=lambda: dict(PARAMETERS))
+    pending: Mapping[str, str] = field(default_factory=dict)
+    """What was asked for and not applied yet: ``engine``, ``engine_version``, ``node_type``."""
 
     def role(self, cluster_id: str) -> str:
         """The `CurrentRole` of a member."""
@@ -216,13 +222,18 @@ class World:
             changed = replace(group, status=status or group.status, primary_id=primary_id or group.primary_id)
             self._view = replace(self._view, groups=_with(self._view.groups, group_id, changed))
 
-    def change_member(self, group_id: str, cluster_id: str, *, status: str) -> None:
-        """Give one node another status."""
+    def modify_group(self, group_id: str, **what: Any) -> None:
+        """Change what a group is, or what is pending."""
+        with self._lock:
+            changed = replace(self._view.groups[group_id], **what)
+            self._view = replace(self._view, groups=_with(self._view.groups, group_id, changed))
+
+    def change_member(self, group_id: str, cluster_id: str, **what: Any) -> None:
+        """Give one node another status, or what it becomes when the group is modified."""
         with self._lock:
             group = self._view.groups[group_id]
             members = tuple(
-                replace(member, status=status) if member.cluster_id == cluster_id else member
-                for member in group.members
+                replace(member, **what) if member.cluster_id == cluster_id else member for member in group.members
             )
             self._view = replace(self._view, groups=_with(self._view.groups, group_id, replace(group, members=members)))
 

@@ -11,8 +11,19 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from patchpilot.elasticache.cloudwatch import Alarm, Metric
-from patchpilot.elasticache.facts import Application, Event, Group, Node, ServiceUpdate, Snapshot, UpdateAction
+from patchpilot.elasticache.facts import (
+    Application,
+    Event,
+    Group,
+    Modification,
+    Node,
+    ServiceUpdate,
+    Snapshot,
+    UpdateAction,
+)
+from patchpilot.engine.requests import Request
 from patchpilot.errors import Corrupt
+from patchpilot.phases.order import Order
 from patchpilot.recovery.findings import Applied, Finding, Window
 from patchpilot.settings import Role, Runbook
 from patchpilot.valkey.nodes import Report
@@ -41,6 +52,20 @@ class Cloud(Protocol):
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]: ...
 
     def apply(self, update: str, group: str) -> Application: ...
+
+    def stop(self, update: str, group: str) -> Application: ...
+
+    def modify(self, group: str, change: Modification) -> Application: ...
+
+    def test_failover(self, group: str, node_group: str) -> Application: ...
+
+    def node_types(self, group: str) -> tuple[str, ...]: ...
+
+
+class Gauge(Protocol):
+    """The metric that can stop a rotation: :class:`patchpilot.elasticache.metrics.Metrics`."""
+
+    def newest(self, now: datetime) -> tuple[float, ...]: ...
 
 
 class Monitoring(Protocol):
@@ -123,8 +148,14 @@ class Desk:
     """What is wrong with PostgreSQL's schema: :func:`patchpilot.postgres.journal.outdated`."""
     runbook: Runbook
     window: Window
-    update: str | None = None
-    """The service update asked for; None for the newest one that applies."""
+    order: Order = field(default_factory=Order)
+    """What the run was asked to do."""
+    environment: str = "default"
+    requests: Callable[[], Sequence[Request]] = tuple
+    """What people have asked of this run so far, oldest first."""
+    recall: Callable[[str], Mapping[str, Any] | None] = lambda _: None
+    """The plan with this digest, if one was made for this cluster."""
+    gauge: Gauge | None = None
     metrics: bool = True
     """Whether pre-flight reads CloudWatch's metrics; alarms it always reads."""
     waivers: Mapping[str, str] = field(default_factory=dict)

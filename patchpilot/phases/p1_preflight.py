@@ -13,11 +13,12 @@ from patchpilot.elasticache.facts import Node
 from patchpilot.engine.plan import Contradicted, Data, Effect, Observation, Phase, Reached, Step, View
 from patchpilot.errors import Blocked, NothingToDo
 from patchpilot.phases.checks import Check, Situation, blocking, judge
-from patchpilot.phases.choice import choose
 from patchpilot.phases.cures import cure, recover
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
+from patchpilot.phases.operations import operation
 from patchpilot.phases.proofs import before
+from patchpilot.phases.proposal import HoldToPlan, offered
 from patchpilot.phases.readings import known, read_endpoint, read_members
 from patchpilot.recovery.findings import Finding
 
@@ -29,7 +30,8 @@ class Preflight(Phase):
     """Check that patching is safe, and recover what is stuck."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("preflight", "check that patching is safe", (Readiness(desk), RecoverBeforehand(desk)))
+        steps = (HoldToPlan(desk), Readiness(desk), RecoverBeforehand(desk))
+        super().__init__("preflight", "check that patching is safe", steps)
 
 
 class Readiness(Step):
@@ -50,7 +52,7 @@ class Readiness(Step):
             "cluster": desk.cluster,
             "group": desk.group,
             "role": desk.role,
-            "asked": desk.update,
+            "asked": desk.order.update,
             "grace": desk.runbook.grace.total_seconds(),
             "window": noted(desk.window),
         }
@@ -67,8 +69,11 @@ class Readiness(Step):
             return Contradicted(refusal(failed), seen=said)
         return Reached({
             **said,
+            "operation": situation.choice.operation,
+            "aim": dict(situation.choice.aim),
+            "what": situation.choice.what,
             "update": noted(situation.choice.update),
-            "action": noted(situation.choice.action),
+            "action": noted(situation.choice.action) if situation.choice.is_update else None,
             "adopted": situation.choice.adopted,
             "group": noted(situation.group),
             "versions": _versions(situation),
@@ -108,8 +113,8 @@ def read(desk: Desk, view: View) -> Situation:
     group = desk.cloud.group(desk.group)
     patient = view.now < view.since + PATIENCE
     updates = known(desk.cloud.service_updates, patient=patient)
-    choice = choose(actions, () if isinstance(updates, str) else updates, view.now, desk.update)
     nodes = known(lambda: desk.cloud.nodes(group), patient=patient)
+    choice = operation(desk).choose(offered(group, nodes, actions, updates), view.now)
     members = [member.node for member in group.members]
     return Situation(
         now=view.now,

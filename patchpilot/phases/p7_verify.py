@@ -22,8 +22,8 @@ from patchpilot.engine.plan import (
 )
 from patchpilot.errors import VerificationFailed
 from patchpilot.phases.desk import Desk
+from patchpilot.phases.goal import find, other_goal
 from patchpilot.phases.notes import length, moment, noted
-from patchpilot.phases.p2_trigger import find
 from patchpilot.phases.proofs import Before, Claim, Workplace, alarm_claim, can_prove, is_proven, worker_claims
 from patchpilot.phases.readings import known, read_endpoint, read_members
 from patchpilot.recovery.findings import Finding
@@ -46,6 +46,7 @@ class Evidence:
     """Everything the claims rest on, read at one moment. A string in place of an answer says why there is none."""
 
     action: UpdateAction | None
+    """None while AWS does not list it, and for an operation that is no service update."""
     group: Group
     endpoint: Report | str | None
     """None for a cluster without an endpoint in the configuration."""
@@ -58,6 +59,8 @@ class Evidence:
     """None for a cluster that is no broker."""
     alarms: tuple[Alarm, ...] | str = ()
     before: Before = field(default_factory=Before)
+    goal: Claim | None = None
+    """What is claimed of the operation, if that is not that a service update is complete."""
 
 
 class Prove(Step):
@@ -112,6 +115,7 @@ class Prove(Step):
         nodes = [member.node for member in group.members]
         return Evidence(
             action=find(desk, view.facts["trigger"]["update"]),
+            goal=Claim(*reached) if (reached := other_goal(desk, view)) else None,
             group=group,
             endpoint=read_endpoint(desk) if desk.nodes else None,
             members=read_members(desk, group) if desk.nodes else {},
@@ -132,7 +136,7 @@ class Prove(Step):
 
 def claims(at: Evidence) -> tuple[Claim, ...]:
     """What has to be true, and whether it is. Pure."""
-    proof = [_complete(at.action), _available(at.group)]
+    proof = [at.goal or _complete(at.action), _available(at.group)]
     if at.endpoint is not None:
         proof += [_answers(at.endpoint), _one_primary(at), _replicas_follow(at)]
     if at.stuck is not None:

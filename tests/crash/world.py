@@ -22,6 +22,7 @@ from patchpilot.elasticache.facts import (
     Event,
     Group,
     Member,
+    Modification,
     Node,
     NodeUpdate,
     ServiceUpdate,
@@ -31,7 +32,9 @@ from patchpilot.elasticache.facts import (
     UpdateStatus,
 )
 from patchpilot.engine.journal import Journal
+from patchpilot.engine.requests import Ask, Request
 from patchpilot.phases import Desk
+from patchpilot.phases.order import Order
 from patchpilot.postgres.journal import Run
 from patchpilot.recovery.findings import Applied, Finding, Remedy, Window
 from patchpilot.report import Files
@@ -73,9 +76,11 @@ class State:
         default_factory=lambda: {name: NodeUpdate(name, UpdateStatus.NOT_APPLIED) for name in NAMES}
     )
     events: tuple[Event, ...] = ()
+    versions: dict[str, str] = field(default_factory=lambda: dict.fromkeys(NAMES, "8.0.1"))
+    node_type: str = "cache.r7g.large"
 
     def copy(self) -> State:
-        return replace(self, nodes=dict(self.nodes))
+        return replace(self, nodes=dict(self.nodes), versions=dict(self.versions))
 
 
 class World:
@@ -93,7 +98,7 @@ class World:
         """If set, each answer is as old as it falls: an answer may then be older than the one before."""
         self.now = State()
         self.applied: list[datetime] = []
-        """When BatchApplyUpdateAction reached the cloud."""
+        """When BatchApplyUpdateAction reached the cloud; or whatever else starts an operation."""
         self.initiator = "customer"
         self.tells_of_failovers = True
         self.fails_over = True
@@ -105,6 +110,12 @@ class World:
         self.stuck: dict[str, Finding] = {}
         self.stuck_since: dict[str, datetime] = {}
         self.remedies: list[tuple[str | None, Applied]] = []
+        self.requests: list[Request] = []
+        """What people have asked of the run."""
+        self.plans: dict[str, dict[str, object]] = {}
+        self.stops: list[datetime] = []
+        """When BatchStopUpdateAction reached the cloud."""
+        self.gauge: tuple[float, ...] = ()
         self.repeated: list[tuple[datetime, dict[str, object]]] = []
         """Callbacks that were started again, and when."""
         self.alarms_now = [Alarm(f"{GROUP}-{name}", AlarmState.OK, tells=True) for name in (MEMORY, LAG)]
@@ -147,16 +158,22 @@ class World:
             for number, name in enumerate(NAMES)
         )
         about = Group(
-            group, shown.status, members, (shown.status,), "enabled", "enabled", cluster_enabled=False, engine="valkey",
-            effective_durability="disabled", snapshot_window="18:00-19:00", endpoint=("broker.test", 6379),
+            group, shown.status, members, (shown.status,), ("0001",), "enabled", "enabled", cluster_enabled=False,
+            engine="valkey", node_type=shown.node_type, effective_durability="disabled", snapshot_window="18:00-19:00",
+            endpoint=("broker.test", 6379),
         )  # fmt: skip
         return replace(about, **self.group_changes)  # type: ignore[arg-type]
 
     def nodes(self, group: Group) -> tuple[Node, ...]:
+        self._trip("nodes")
+        shown = self._shown()
         return tuple(
-            Node(member.node, "available", "8.0.1", (), "sun:03:00-sun:04:00", "shop", "in-sync")
+            Node(
+                member.node, "available", shown.versions[member.node], (), "sun:03:00-sun:04:00", "shop", "in-sync",
+                engine="valkey", node_type=shown.node_type,
+            )
             for member in group.members
-        )
+        )  # fmt: skip
 
     def in_flight(self) -> tuple[UpdateAction, ...]:
         self._trip("in_flight")
@@ -188,6 +205,52 @@ class World:
         self.start()
         self._trip("applied")
         return Application(UpdateStatus.WAITING_TO_START)
+
+    def stop(self, update: str, group: str) -> Application:
+        assert (update, group) == (UPDATE, GROUP)
+        self._trip("stop")
+        self.stops.append(self.clock.now())
+        if self.unprocessed:
+            return Application(None, self.unprocessed)
+        if self.now.update not in {UpdateStatus.WAITING_TO_START, UpdateStatus.IN_PROGRESS}:
+            return Application(None, Unprocessed("InvalidUpdateActionState", f"it is {self.now.update}"))
+        self.change(update=UpdateStatus.STOPPING)
+        self._trip("stopped")
+        return Application(UpdateStatus.STOPPING)
+
+    def modify(self, group: str, change: Modification) -> Application:
+        self._trip("apply")
+        self.applied.append(self.clock.now())
+        assert self.now.status == "available"
+        moment = timedelta(seconds=30)
+        self.change(status="modifying")
+        for name in [*NAMES[1:], NAMES[0]]:
+            if name == NAMES[0]:
+                self.after(moment, lambda: self.fail_over(NAMES[1]))
+            moment += self.per_node
+            self.after(moment, lambda name=name: self._give(name, change))  # type: ignore[misc]
+        self.after(moment, lambda: self.change(status="available"))
+        self._trip("applied")
+        return Application("modifying")
+
+    def test_failover(self, group: str, node_group: str) -> Application:
+        assert (group, node_group) == (GROUP, "0001")
+        self._trip("apply")
+        self.applied.append(self.clock.now())
+        assert self.now.status == "available"
+        self.change(status="modifying")
+        self.happen(GROUP, "Test Failover API called for node group 0001")
+        self.after(timedelta(seconds=90), lambda: self.fail_over(NAMES[1]))
+        self.after(timedelta(seconds=90) + self.per_node, lambda: self.change(status="available"))
+        self._trip("applied")
+        return Application("modifying")
+
+    def node_types(self, group: str) -> tuple[str, ...]:
+        return ("cache.r7g.large", "cache.r7g.xlarge")
+
+    def newest(self, now: datetime) -> tuple[float, ...]:
+        self._trip("gauge")
+        return self.gauge
 
     # CloudWatch: patchpilot.phases.desk.Monitoring.
 
@@ -243,6 +306,11 @@ class World:
     def repeated_starts(self, age: timedelta) -> list[dict[str, object]]:
         return [row for at, row in self.repeated if at >= self.clock.now() - age]
 
+    # What people do.
+
+    def ask(self, ask: Ask, *, digest: str | None = None, reason: str = "") -> None:
+        self.requests.append(Request(ask, "ann on laptop", self.clock.now(), reason, digest))
+
     # The workers: patchpilot.phases.desk.Workers.
 
     def look(self, queues: Collection[str] = ()) -> Fleet:
@@ -278,13 +346,13 @@ class World:
         """Begin the rotation: as AWS does when asked, or by itself."""
         self.change(update=UpdateStatus.WAITING_TO_START, status="modifying")
         moment = timedelta(seconds=30)
-        self.after(moment, lambda: self.change(update=UpdateStatus.IN_PROGRESS))
+        self.after(moment, lambda: self._unless_stopped(lambda: self.change(update=UpdateStatus.IN_PROGRESS)))
         for name in NAMES[1:]:
             moment = self._patch(name, moment)
         if self.fails_over:
-            self.after(moment, lambda: self.fail_over(NAMES[1]))
+            self.after(moment, lambda: self._unless_stopped(lambda: self.fail_over(NAMES[1])))
         moment = self._patch(NAMES[0], moment + timedelta(seconds=1))
-        self.after(moment, lambda: self.change(update=UpdateStatus.COMPLETE, status="available"))
+        self.after(moment, lambda: self._finish(UpdateStatus.COMPLETE))
 
     def fail_over(self, new: str) -> None:
         """Promote a replica, and get two chords stuck by it: one that can be cured and one that cannot."""
@@ -312,8 +380,33 @@ class World:
     def after(self, time: timedelta, change: Callable[[], None]) -> None:
         self.clock.after(time.total_seconds(), change)
 
+    def _give(self, name: str, change: Modification) -> None:
+        if change.engine_version:
+            self.change(versions={**self.now.versions, name: change.engine_version})
+        if change.node_type and name == NAMES[0]:
+            self.change(node_type=change.node_type)
+
+    def _unless_stopped(self, go_on: Callable[[], object]) -> None:
+        """What is in progress is finished; after that nothing more is begun, and the action ends as stopped."""
+        if self.now.update in {UpdateStatus.STOPPING, UpdateStatus.STOPPED}:
+            self._finish(UpdateStatus.STOPPED)
+        else:
+            go_on()
+
+    def _finish(self, status: str) -> None:
+        if self.now.update == UpdateStatus.STOPPED:
+            return
+        if status == UpdateStatus.STOPPED:
+            left = {name: row for name, row in self.now.nodes.items() if row.status != UpdateStatus.COMPLETE}
+            rows = {name: replace(row, status=UpdateStatus.STOPPED) for name, row in left.items()}
+            self.change(nodes={**self.now.nodes, **rows})
+        self.change(update=status, status="available")
+
     def _patch(self, name: str, begins: timedelta) -> timedelta:
         def begin() -> None:
+            self._unless_stopped(start)
+
+        def start() -> None:
             row = NodeUpdate(
                 name, UpdateStatus.IN_PROGRESS, started=self.clock.now(), initiated_by=self.initiator,
                 initiated=self.applied[0] if self.applied else self.clock.now(),
@@ -322,6 +415,8 @@ class World:
             self.happen(name, "Recovering cache nodes 0001")
 
         def end() -> None:
+            if self.now.nodes[name].status != UpdateStatus.IN_PROGRESS:
+                return
             row = replace(self.now.nodes[name], status=UpdateStatus.COMPLETE, ended=self.clock.now())
             self.change(nodes={**self.now.nodes, name: row})
             self.happen(name, "Finished recovery for cache nodes 0001")
@@ -355,7 +450,7 @@ class Recovery:
 
 def desk(
     world: World, journal: Journal, directory: Path, *, role: Role = "broker", runbook: Runbook = RUNBOOK,
-    window: Window | None = None, update: str | None = None, schema: str | None = None,
+    window: Window | None = None, update: str | None = None, schema: str | None = None, order: Order | None = None,
     waivers: Mapping[str, str] | None = None,
 ) -> Desk:  # fmt: skip
     """The pilot's desk in this world."""
@@ -374,7 +469,10 @@ def desk(
         schema=lambda: schema,
         runbook=runbook,
         window=window or Window(),
-        update=update,
+        order=order or Order(update=update),
+        requests=lambda: tuple(world.requests),
+        recall=world.plans.get,
+        gauge=world if runbook.abort_metric else None,
         waivers=waivers or {},
     )
 

@@ -30,7 +30,19 @@ def config(directory: Path, dsn: str, endpoint: str, extra: str = "") -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["preflight"], ["status"], ["recover"], ["report"], ["db", "migrate"], ["lab", "up"]]
+    "command",
+    [
+        [],
+        ["run"],
+        ["preflight"],
+        ["plan"],
+        ["approve"],
+        ["status"],
+        ["recover"],
+        ["report"],
+        ["db", "migrate"],
+        ["lab", "up"],
+    ],
 )
 def test_help_is_worth_reading(command: list[str]) -> None:
     done = patchpilot(*command, "--help")
@@ -60,6 +72,8 @@ def test_help_is_worth_reading(command: list[str]) -> None:
         (["status", "no-such-run"], Exit.USAGE, "no-such-run"),
         (["report", "no-such-run"], Exit.USAGE, "no-such-run"),
         (["run", "--cluster", "broker", "--config", "nowhere.toml"], Exit.USAGE, "no such configuration file"),
+        (["run", "--cluster", "broker", "--plan", "0123456789abcdef"], Exit.USAGE, "no plan 0123456789abcdef"),
+        (["stop", "--cluster", "broker"], Exit.NOTHING_TO_DO, "no run of cluster 'broker' is under way"),
     ],
 )
 def test_a_wrong_word(tmp_path: Path, migrated: str, valkey: str, arguments: list[str], code: int, words: str) -> None:

@@ -20,11 +20,12 @@ NO_WAIVERS: Mapping[str, str] = {}
 
 
 def judge(situation: Situation, waivers: Mapping[str, str] = NO_WAIVERS) -> tuple[Check, ...]:
-    """All checks, in order. For an update that already runs it is too late to block: those become warnings.
+    """All checks, in order. What already runs, or is only observed, cannot be blocked: those become warnings.
 
     :param waivers: the checks whose verdict somebody answers for, and why they do.
     """
-    return tuple(_judged(row, situation, waivers.get(row.name, "")) for row in CHECKS)
+    rows = (row for row in CHECKS if situation.choice.is_update or not row.of_updates)
+    return tuple(_judged(row, situation, waivers.get(row.name, "")) for row in rows)
 
 
 def blocking(checks: tuple[Check, ...], role: Role) -> tuple[Check, ...]:
@@ -38,8 +39,8 @@ def _judged(row: Row, situation: Situation, waiver: str) -> Check:
     check = Check(row.name, verdict, evidence, row.why, "" if verdict is Verdict.PASS else row.mend)
     if verdict not in {Verdict.BLOCK, Verdict.UNKNOWN}:
         return check
-    if situation.choice.adopted:
-        return replace(check, verdict=Verdict.WARN, evidence=f"{evidence} (the update already runs)")
+    if beyond_us := situation.choice.beyond_us:
+        return replace(check, verdict=Verdict.WARN, evidence=f"{evidence} ({beyond_us})")
     if waiver and (verdict is Verdict.UNKNOWN or row.waivable):
         return replace(check, waived=waiver)
     return replace(check, evidence=f"{evidence} (this cannot be waived)") if waiver else check

@@ -88,6 +88,8 @@ class Row:
     waivable: bool = False
     """Whether somebody may go on in spite of *block*. Only where it is a judgement of risk: not where AWS would refuse,
     where the runbook could not follow, or where data would certainly be lost. *Unknown* may always be waived."""
+    of_updates: bool = False
+    """Whether there is nothing to look at if the operation is no service update."""
 
 
 def require(ok: bool, evidence: str) -> Judgement:

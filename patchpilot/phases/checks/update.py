@@ -1,10 +1,14 @@
-"""Checks of the service update, and of what else AWS is doing. Pure."""
+"""Checks of the operation, of the service update if it is one, and of what else AWS is doing. Pure."""
 
 from __future__ import annotations
 
 from patchpilot.elasticache.facts import IN_FLIGHT
 from patchpilot.phases.checks.situation import Judgement, Row, Situation, Verdict, prefer, require, unknown
 from patchpilot.phases.notes import clock_time
+
+
+def _operation(at: Situation) -> Judgement:
+    return Verdict.PASS, f"{at.choice.what} is {at.choice.status}"
 
 
 def _update(at: Situation) -> Judgement:
@@ -46,9 +50,10 @@ def _yes_no(value: bool | None) -> str:
 
 
 ROWS: tuple[Row, ...] = (
-    Row("update", _update, "this is the update that the run is about", ""),
+    Row("operation", _operation, "this is what the run is about", ""),
+    Row("update", _update, "this is the update that the run is about", "", of_updates=True),
     Row("update-dates", _dates, "after its end date an update cannot be applied; the other dates are deadlines",
-        "aws elasticache describe-service-updates shows all three dates"),
+        "aws elasticache describe-service-updates shows all three dates", of_updates=True),
     Row("update-alone", _alone, "two updates at once cannot be told apart in events and roles",
         "wait until the other one is complete"),
     Row("region-quiet", _region, "whoever is called tonight should have one patch to look at",
