@@ -22,6 +22,9 @@ Answer = dict[str, Any]
 
 _MOST_IDS = 20
 _PAGE = range(20, 101)
+_SNAPSHOT_PAGE = range(20, 51)
+_SNAPSHOT_SOURCES = {"automated": "system", "manual": "user"}
+"""What a snapshot says that it is, and what one asks for."""
 _EVENTS_KEPT = timedelta(days=14)
 _EVENTS_DEFAULT = timedelta(hours=1)
 _SOURCE_TYPES = ("cache-cluster", "replication-group")
@@ -61,6 +64,8 @@ class Api:
         self._operations: dict[str, Callable[[Params], Answer]] = {
             "DescribeReplicationGroups": self._replication_groups,
             "DescribeCacheClusters": self._cache_clusters,
+            "DescribeCacheParameters": self._cache_parameters,
+            "DescribeSnapshots": self._snapshots,
             "DescribeServiceUpdates": self._service_updates,
             "DescribeUpdateActions": self._update_actions,
             "DescribeEvents": self._events,
@@ -96,6 +101,30 @@ class Api:
         if params.get("ShowCacheClustersNotInReplicationGroups"):
             found = []
         return _page("CacheClusters", found, params)
+
+    def _cache_parameters(self, params: Params) -> Answer:
+        wanted, source = params.get("CacheParameterGroupName"), params.get("Source")
+        groups = [group for group in self._world.view().groups.values() if group.parameter_group == wanted]
+        if not groups:
+            raise Fault("CacheParameterGroupNotFound", f"CacheParameterGroup {wanted} not found")
+        found = [rows.parameter(name, value) for name, value in sorted(groups[0].parameters.items())]
+        return _page("Parameters", [row for row in found if source in (None, row["Source"])], params)
+
+    def _snapshots(self, params: Params) -> Answer:
+        wanted, name, source = (params.get(key) for key in ("ReplicationGroupId", "SnapshotName", "SnapshotSource"))
+        found = [
+            rows.snapshot(self._world, group, taken)
+            for group in self._world.view().groups.values()
+            for taken in group.snapshots
+            # A snapshot of a group is not one of a cache cluster: a filter by that selects none.
+            if wanted in (None, group.group_id)
+            and name in (None, taken.name)
+            and source in (None, _SNAPSHOT_SOURCES.get(taken.source))
+            and not params.get("CacheClusterId")
+        ]
+        if name and not found:
+            raise Fault("SnapshotNotFoundFault", f"Snapshot {name} not found")
+        return _page("Snapshots", found, params, _SNAPSHOT_PAGE)
 
     def _service_updates(self, params: Params) -> Answer:
         updates = self._world.view().updates
@@ -251,11 +280,11 @@ def _aware(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _page(key: str, found: list[rows.Row], params: Params) -> Answer:
+def _page(key: str, found: list[rows.Row], params: Params, sizes: range = _PAGE) -> Answer:
     """One page of ``found``. A marker is good for the same question only, whatever was appended since."""
-    size = params.get("MaxRecords") or _PAGE[-1]
-    if size not in _PAGE:
-        raise Fault("InvalidParameterValue", f"MaxRecords must be from {_PAGE[0]} to {_PAGE[-1]}")
+    size = params.get("MaxRecords") or sizes[-1]
+    if size not in sizes:
+        raise Fault("InvalidParameterValue", f"MaxRecords must be from {sizes[0]} to {sizes[-1]}")
     question = {name: value for name, value in params.items() if name not in ("Marker", "MaxRecords")}
     digest = hashlib.sha256(json.dumps([key, question], sort_keys=True, default=str).encode()).hexdigest()[:16]
     start = _start(params["Marker"], digest) if params.get("Marker") else 0

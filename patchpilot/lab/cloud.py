@@ -125,6 +125,12 @@ class LabResponse(ElastiCacheResponse):
     def describe_cache_clusters(self) -> ActionResult:
         return self._answer() or super().describe_cache_clusters()
 
+    def describe_snapshots(self) -> ActionResult:
+        return self._answer() or super().describe_snapshots()
+
+    def describe_cache_parameters(self) -> ActionResult:
+        return self._modelled()
+
     def describe_service_updates(self) -> ActionResult:
         return self._modelled()
 

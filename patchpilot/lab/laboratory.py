@@ -6,18 +6,20 @@ For a lab that runs in the background, as `patchpilot lab up` starts it, see :mo
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import Unsafe
+from patchpilot.lab import monitoring
 from patchpilot.lab.cloud import Cloud
 from patchpilot.lab.replicas import Failover, ReplicaSet, Windows
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.rotation import Rotation
 from patchpilot.lab.servers import Postgres
-from patchpilot.lab.world import Group, Member, World, lab_update
+from patchpilot.lab.world import Group, Member, Snapshot, World, lab_update
 
 GROUP = "lab-broker"
 REGION = "eu-central-1"
@@ -99,6 +101,8 @@ class Lab:
             self._populate()
             starting.callback(self.cloud.stop)
             self.cloud.start()
+            nodes = list(self.replicas.nodes)
+            monitoring.watch(self.cloud.url, REGION, self.world.account, GROUP, nodes, self.world.clock)
             starting.callback(self.rotation.close)
             self._running = starting.pop_all()
 
@@ -125,14 +129,24 @@ class Lab:
             Member(name, node.address, f"{REGION}{_ZONES[position % len(_ZONES)]}")
             for position, (name, node) in enumerate(self.replicas.nodes.items())
         )
+        now = self.world.now()
         self.world.add_group(
             Group(
                 group_id=GROUP,
                 endpoint=self.replicas.link.address,
                 members=members,
                 primary_id=self.replicas.primary.name,
-                created=self.world.now(),
+                created=now,
                 engine_version=".".join(str(info["valkey_version"]).split(".")[:2]),
+                # Whenever a lab starts: neither window is near, and there is a snapshot of not long ago.
+                maintenance_window=_hour(now + timedelta(hours=84), "%a:%H:%M"),
+                snapshot_window=_hour(now + timedelta(hours=12), "%H:%M"),
+                snapshots=(Snapshot(f"automatic.{GROUP}", now - timedelta(hours=1)),),
             )
         )
-        self.world.add_update(lab_update(self.world.now()))
+        self.world.add_update(lab_update(now))
+
+
+def _hour(begin: datetime, form: str) -> str:
+    """The hour from ``begin`` on, as AWS writes a window."""
+    return "-".join(f"{moment:{form}}".lower() for moment in (begin, begin + timedelta(hours=1)))

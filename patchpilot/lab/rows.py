@@ -6,12 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from patchpilot.lab.launch import Address
-from patchpilot.lab.world import NODE, Event, Group, Member, NodeUpdate, ServiceUpdate, UpdateAction, World
+from patchpilot.lab.world import NODE, Event, Group, Member, NodeUpdate, ServiceUpdate, Snapshot, UpdateAction, World
 
 Row = dict[str, Any]
 
-_MAINTENANCE_WINDOW = "sun:03:00-sun:04:00"
-_SNAPSHOT_WINDOW = "01:00-02:00"
 _SNAPSHOT_DAYS = 7
 
 
@@ -36,7 +34,7 @@ def replication_group(world: World, group: Group) -> Row:
         "AutomaticFailover": "enabled",
         "MultiAZ": "enabled",
         "SnapshotRetentionLimit": _SNAPSHOT_DAYS,
-        "SnapshotWindow": _SNAPSHOT_WINDOW,
+        "SnapshotWindow": group.snapshot_window,
         "ClusterEnabled": False,
         "ClusterMode": "disabled",
         "CacheNodeType": group.node_type,
@@ -72,11 +70,11 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
         "NumCacheNodes": 1,
         "PreferredAvailabilityZone": member.zone,
         "CacheClusterCreateTime": group.created,
-        "PreferredMaintenanceWindow": _MAINTENANCE_WINDOW,
+        "PreferredMaintenanceWindow": group.maintenance_window,
         "PendingModifiedValues": {},
         "CacheSecurityGroups": [],
         "CacheParameterGroup": {
-            "CacheParameterGroupName": "default.valkey9",
+            "CacheParameterGroupName": group.parameter_group,
             "ParameterApplyStatus": "in-sync",
             "CacheNodeIdsToReboot": [],
         },
@@ -85,7 +83,7 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
         "SecurityGroups": [],
         "ReplicationGroupId": group.group_id,
         "SnapshotRetentionLimit": 0,
-        "SnapshotWindow": _SNAPSHOT_WINDOW,
+        "SnapshotWindow": group.snapshot_window,
         "AuthTokenEnabled": False,
         "TransitEncryptionEnabled": False,
         "AtRestEncryptionEnabled": False,
@@ -107,6 +105,50 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
             }
         ]
     return row
+
+
+def parameter(name: str, value: str) -> Row:
+    """A row of DescribeCacheParameters."""
+    return {
+        "ParameterName": name,
+        "ParameterValue": value,
+        "Source": "user",
+        "DataType": "integer" if value.isdecimal() else "string",
+        "IsModifiable": True,
+        "MinimumEngineVersion": "7.2.4",
+        "ChangeType": "immediate",
+    }
+
+
+def snapshot(world: World, group: Group, taken: Snapshot) -> Row:
+    """A row of DescribeSnapshots."""
+    return {
+        "SnapshotName": taken.name,
+        "ReplicationGroupId": group.group_id,
+        "ReplicationGroupDescription": group.description,
+        "SnapshotStatus": taken.status,
+        "SnapshotSource": taken.source,
+        "CacheNodeType": group.node_type,
+        "Engine": group.engine,
+        "EngineVersion": group.engine_version,
+        "CacheParameterGroupName": group.parameter_group,
+        "SnapshotRetentionLimit": _SNAPSHOT_DAYS,
+        "SnapshotWindow": group.snapshot_window,
+        "NumNodeGroups": 1,
+        "AutomaticFailover": "enabled",
+        "NodeSnapshots": [
+            {
+                "CacheClusterId": group.members[-1].cluster_id,
+                "NodeGroupId": NODE,
+                "CacheNodeId": NODE,
+                "CacheSize": "1 MB",
+                "CacheNodeCreateTime": group.created,
+                "SnapshotCreateTime": taken.taken,
+            }
+        ],
+        "ARN": world.arn("snapshot", taken.name),
+        "DataTiering": "disabled",
+    }
 
 
 def service_update(update: ServiceUpdate) -> Row:

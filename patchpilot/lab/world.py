@@ -27,6 +27,16 @@ MODIFYING = "modifying"
 APPLICABLE = ("not-applied", "stopped", "scheduled")
 """Statuses from which an update action can be applied."""
 
+PARAMETERS = MappingProxyType(
+    {
+        "close-on-replica-write": "yes",
+        "maxmemory-policy": "noeviction",
+        "reserved-memory-percent": "25",
+        "timeout": "0",
+    }
+)
+"""What of a parameter group matters for a failover, set as it should be for a broker."""
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -36,6 +46,16 @@ class Member:
     address: Address
     zone: str
     status: str = AVAILABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One snapshot of a replication group."""
+
+    name: str
+    taken: datetime
+    status: str = AVAILABLE
+    source: str = "automated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +72,11 @@ class Group:
     engine_version: str = "9.1"
     node_type: str = "cache.r7g.large"
     description: str = "a lab's broker"
+    maintenance_window: str = "sun:03:00-sun:04:00"
+    snapshot_window: str = "01:00-02:00"
+    snapshots: tuple[Snapshot, ...] = ()
+    parameter_group: str = "lab-broker-parameters"
+    parameters: Mapping[str, str] = field(default_factory=lambda: dict(PARAMETERS))
 
     def role(self, cluster_id: str) -> str:
         """The `CurrentRole` of a member."""
