@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -24,7 +24,9 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from patchpilot.errors import Unsafe
 from patchpilot.lab.api import Api, Fault, Operator
+from patchpilot.lab.disturbances import DisturbedApi
 from patchpilot.lab.launch import HOST
+from patchpilot.lab.scenario import CALM, Scenario
 from patchpilot.lab.world import World
 
 _POLL_SECONDS = 0.02
@@ -36,12 +38,22 @@ class Cloud:
     :param operators: who works on the nodes, by replication group.
     :param calls: a JSON-lines file that gets one line for each ElastiCache call, when it arrives and whatever becomes
         of it: `time` (UTC, ISO 8601), `action` and `parameters`.
+    :param asked: called when somebody asks to apply an update, before anything comes of it.
     """
 
-    def __init__(self, world: World, operators: Mapping[str, Operator], *, calls: Path) -> None:
+    def __init__(
+        self,
+        world: World,
+        operators: Mapping[str, Operator],
+        *,
+        calls: Path,
+        scenario: Scenario = CALM,
+        asked: Callable[[], None] = lambda: None,
+    ) -> None:
         self.world = world
         self.calls = calls
-        self.api = Api(world, operators)
+        api = Api(world, operators, most_rows=scenario.page_size)
+        self.api = DisturbedApi(api, world, scenario, asked=asked)
         self._writing = threading.Lock()
         self._server: BaseWSGIServer | None = None
         self._thread: threading.Thread | None = None
@@ -65,6 +77,7 @@ class Cloud:
     def start(self) -> None:
         """Answer requests, on a free port."""
         install()
+        self.world.start()
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
         # What moto's own ThreadedMotoServer does, except that this one stops at once.
         application = DomainDispatcherApplication(create_backend_app)
@@ -110,14 +123,23 @@ class LabResponse(ElastiCacheResponse):
         cloud = self._cloud()
         if cloud is None:
             return super().call_action()
-        cloud.record(self._get_action(), getattr(self, "params", {}))
+        action = self._get_action()
+        cloud.record(action, getattr(self, "params", {}))
         try:
+            if not cloud.api.answers(action):
+                cloud.api.trip(action)
             return super().call_action()
         except NotImplementedError as error:
             # Of the codes for this, botocore's model knows this one.
-            fault = ElastiCacheException("InvalidParameterValue", str(error))
-            status, headers, body = self.serialized(ActionResult(fault))
-            return status, {**headers, "status": str(status)}, body
+            return self._failed(Fault("InvalidParameterValue", str(error)))
+        except Fault as fault:
+            return self._failed(fault)
+
+    def _failed(self, fault: Fault) -> Any:
+        error = ElastiCacheException(fault.code, fault.message)
+        status, headers, body = self.serialized(ActionResult(error))
+        status = fault.status or status
+        return status, {**headers, "status": str(status)}, body
 
     def describe_replication_groups(self) -> ActionResult:
         return self._answer() or super().describe_replication_groups()
@@ -160,10 +182,7 @@ class LabResponse(ElastiCacheResponse):
         if cloud is None:
             return None
         api = cloud.api if self.region == cloud.world.region else Api(World(region=self.region), {})
-        try:
-            return ActionResult(api.answer(self._get_action(), self.params))
-        except Fault as fault:
-            raise ElastiCacheException(fault.code, fault.message) from fault
+        return ActionResult(api.answer(self._get_action(), self.params))
 
     def _cloud(self) -> Cloud | None:
         port = self.normalized_request.environ.get("SERVER_PORT", "")
