@@ -41,9 +41,7 @@ def check(operation: str, path: str, value: object) -> None:
         shape = shape.members[name]
     kind = _KINDS.get(shape.type_name)
     if kind is None:
-        raise ValueError(
-            f"{path!r} in an answer of {operation} is a {shape.type_name}: say which member of it is meant"
-        )
+        raise ValueError(f"{path!r} in an answer of {operation} is a {shape.type_name}: name a member of it")
     if type(value) is not kind:
         raise ValueError(f"{path!r} in an answer of {operation} is a {shape.type_name}, not {value!r}")
 

@@ -214,9 +214,10 @@ class Choreography:
     # What does not.
 
     def _pause(self, seconds: float) -> Script:
-        """Let time pass in the middle of an operation; further failovers happen meanwhile."""
+        """Let time pass in the middle of an operation; whatever is due meanwhile happens, further failovers too."""
         end = self._world.clock.monotonic() + seconds
         while (left := end - self._world.clock.monotonic()) >= _INSTANT:
+            self.glance()
             if self._take("failover") is not None:
                 yield from self._fail_over()
             else:

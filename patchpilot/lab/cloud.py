@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
+from xml.sax.saxutils import escape
 
 from moto.core.responses import ActionResult
 from moto.elasticache import urls
@@ -30,6 +31,10 @@ from patchpilot.lab.scenario import CALM, Scenario
 from patchpilot.lab.world import World
 
 _POLL_SECONDS = 0.02
+_ERROR = (
+    '<ErrorResponse xmlns="http://elasticache.amazonaws.com/doc/2015-02-02/"><Error><Type>Sender</Type>'
+    "<Code>{code}</Code><Message>{message}</Message></Error><RequestId>lab</RequestId></ErrorResponse>"
+)
 
 
 class Cloud:
@@ -136,9 +141,12 @@ class LabResponse(ElastiCacheResponse):
             return self._failed(fault)
 
     def _failed(self, fault: Fault) -> Any:
-        error = ElastiCacheException(fault.code, fault.message)
-        status, headers, body = self.serialized(ActionResult(error))
-        status = fault.status or status
+        if fault.status is not None:
+            # moto serialises only the codes in ElastiCache's model, and those that all of AWS has are not among them.
+            return fault.status, {"status": str(fault.status), "Content-Type": "text/xml"}, _ERROR.format(
+                code=escape(fault.code), message=escape(fault.message)
+            )  # fmt: skip
+        status, headers, body = self.serialized(ActionResult(ElastiCacheException(fault.code, fault.message)))
         return status, {**headers, "status": str(status)}, body
 
     def describe_replication_groups(self) -> ActionResult:
