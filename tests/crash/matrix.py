@@ -22,6 +22,9 @@ from tests.crash.world import desk
 MOST_COMMANDS = 6
 """How often the command is given until it says the same twice. Nothing here takes more than three."""
 
+AWHILE = 180.0
+"""Seconds after which whatever the scenario has begun is over, in a lab where a node takes three."""
+
 
 class Rehearsal:
     """One run in the world of one scenario."""
@@ -61,7 +64,8 @@ class Rehearsal:
         return RunRecord.of(self.journal.entries()).finished is not None
 
     def end(self) -> End:
-        """How things stand."""
+        """How things stand, once AWS has finished what it does as well."""
+        self.clock.sleep(AWHILE)
         record = RunRecord.of(self.journal.entries())
         view = self.world.account.view()
         return End(
@@ -70,11 +74,10 @@ class Rehearsal:
             actions={key: (each.status, [row.status for row in each.nodes]) for key, each in view.actions.items()},
             recovered=sorted(remedy.id for _, remedy in self.world.remedies),
             stuck=sorted(self.world.stuck),
-            report=substance(build(self.journal.entries(), self.run_of())),
+            report=substance(
+                build(self.journal.entries(), Run(self.journal.run_id, "test", "broker", self.clock.now()))
+            ),
         )
-
-    def run_of(self) -> Run:
-        return Run(self.journal.run_id, "test", "broker", self.clock.now())
 
 
 def substance(report: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class End:
     """What must not depend on where a run was killed."""
 
     outcome: dict[str, Any] | None
+    """What its last entry says; None if it has none."""
     primary: str
     actions: dict[Any, Any]
     recovered: list[str]
