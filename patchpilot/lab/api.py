@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from patchpilot.lab import rows
+from patchpilot.lab import modifications, rows
 from patchpilot.lab.world import AVAILABLE, NODE, ActionKey, Group, UpdateAction, View, World
 
 Params = Mapping[str, Any]
@@ -53,6 +53,9 @@ class Operator(Protocol):
     def test_failover(self) -> None:
         """Fail over; the group is `modifying` already."""
 
+    def modify(self, target: modifications.Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already."""
+
 
 class Api:
     """The operations.
@@ -73,11 +76,13 @@ class Api:
             "DescribeServiceUpdates": self._service_updates,
             "DescribeUpdateActions": self._update_actions,
             "DescribeEvents": self._events,
+            "ListAllowedNodeTypeModifications": self._node_types,
         }
         self._writes: dict[str, Callable[[Params], Answer]] = {
             "BatchApplyUpdateAction": self._apply,
             "BatchStopUpdateAction": self._stop,
             "TestFailover": self._test_failover,
+            "ModifyReplicationGroup": self._modify,
         }
 
     def answers(self, operation: str) -> bool:
@@ -255,6 +260,27 @@ class Api:
         self._operators[group.group_id].test_failover()
         changed = self._world.view().groups[group.group_id]
         return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _modify(self, params: Params) -> Answer:
+        group = self._group(self._world.view().groups, params.get("ReplicationGroupId"))
+        wanted = modifications.asked(params)
+        try:
+            target = modifications.change(group, wanted)
+        except modifications.Refusal as refusal:
+            raise Fault(refusal.code, refusal.message) from refusal
+        if not params.get("ApplyImmediately"):
+            self._world.modify_group(group.group_id, pending={**group.pending, **wanted})
+        elif wanted or group.pending:
+            if group.group_id not in self._operators or not self._world.claim(group.group_id):
+                raise Fault("InvalidReplicationGroupState", f"Replication group {group.group_id} is not available")
+            self._operators[group.group_id].modify(target)
+        changed = self._world.view().groups[group.group_id]
+        return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _node_types(self, params: Params, view: View) -> Answer:
+        group = self._group(view.groups, params.get("ReplicationGroupId"))
+        larger, smaller = modifications.node_types(group)
+        return {"ScaleUpModifications": larger, "ScaleDownModifications": smaller}
 
     def _page(self, key: str, found: list[rows.Row], params: Params, sizes: range = _PAGE) -> Answer:
         """One page of ``found``. A marker is good for the same question only, whatever was appended since."""

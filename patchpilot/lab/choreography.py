@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Literal, Protocol
 
+from patchpilot.lab.modifications import Change
 from patchpilot.lab.scenario import CALM, BySystem, Moment, Scenario
 from patchpilot.lab.world import (
     APPLICABLE,
@@ -112,6 +113,10 @@ class Choreography:
         """Fail over as TestFailover does; the group is `modifying`."""
         self._run(self._test_failover(), f"failover of {self._group}")
 
+    def modify(self, target: Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already."""
+        self._run(self._modify(target), f"modification of {self._group}")
+
     def watch(self) -> Script:
         """Play what the scenario has in store. Ends when that was everything."""
         while self._mishaps:
@@ -142,6 +147,18 @@ class Choreography:
             yield from self._update(key, node)
             yield from self._pause(self.seconds_per_node * _GAP)
         self._finish(key)
+
+    def _modify(self, target: Change) -> Script:
+        """Replicas first, then the failover, then the old primary, as for an update."""
+        for node in [*self._nodes.replicas, self._nodes.primary]:
+            begun = self._world.clock.monotonic()
+            yield from self._pause(self.seconds_per_node * _GAP)
+            if node == self._nodes.primary:
+                self._promote()
+            yield from self._recover(node, begun)
+            self._publish(_CLUSTER, node, "Cache cluster patched")
+            self._world.change_member(self._group, node, **asdict(target))
+        self._world.modify_group(self._group, pending={}, status=AVAILABLE, **asdict(target))
 
     def _update(self, key: ActionKey, node: str) -> Script:
         begun = self._world.clock.monotonic()

@@ -179,6 +179,12 @@ class LabResponse(ElastiCacheResponse):
     def test_failover(self) -> ActionResult:
         return self._modelled()
 
+    def modify_replication_group(self) -> ActionResult:
+        return self._modelled()
+
+    def list_allowed_node_type_modifications(self) -> ActionResult:
+        return self._modelled()
+
     def _modelled(self) -> ActionResult:
         answer = self._answer()
         if answer is None:

@@ -9,6 +9,7 @@ from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator, PatchpilotError
 from patchpilot.lab.choreography import Choreography, Script
 from patchpilot.lab.launch import HOST, Address, free_port
+from patchpilot.lab.modifications import Change
 from patchpilot.lab.replicas import Closing, Failover, ReplicaSet, Windows
 from patchpilot.lab.scenario import CALM, Scenario
 from patchpilot.lab.world import World
@@ -71,6 +72,10 @@ class Rotation:
         """Play what the scenario has in store, when its time has come; returns at once."""
         # Not among the operations: nobody waits for what is still to come.
         self._watcher = self._start(self.choreography.watch(), "scenario")
+
+    def modify(self, target: Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already. Returns at once."""
+        self.choreography.modify(target)
 
     def join(self, *, seconds: float = 120.0) -> bool:
         """Wait for the operations under way, if any. False if they are not over within ``seconds``."""

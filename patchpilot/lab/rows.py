@@ -63,15 +63,15 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
     """
     row: Row = {
         "CacheClusterId": member.cluster_id,
-        "CacheNodeType": group.node_type,
-        "Engine": group.engine,
-        "EngineVersion": group.engine_version,
+        "CacheNodeType": member.node_type or group.node_type,
+        "Engine": member.engine or group.engine,
+        "EngineVersion": member.engine_version or group.engine_version,
         "CacheClusterStatus": member.status,
         "NumCacheNodes": 1,
         "PreferredAvailabilityZone": member.zone,
         "CacheClusterCreateTime": group.created,
         "PreferredMaintenanceWindow": group.maintenance_window,
-        "PendingModifiedValues": {},
+        "PendingModifiedValues": _pending(group),
         "CacheSecurityGroups": [],
         "CacheParameterGroup": {
             "CacheParameterGroupName": group.parameter_group,
@@ -229,6 +229,12 @@ def _node_update(node: NodeUpdate) -> Row:
         "NodeUpdateStatusModifiedDate": node.modified,
     }
     return {key: value for key, value in row.items() if value is not None}
+
+
+def _pending(group: Group) -> Row:
+    """What a node shows as pending; a change of the engine shows as one of its version."""
+    words = {"engine_version": "EngineVersion", "node_type": "CacheNodeType"}
+    return {word: group.pending[name] for name, word in words.items() if name in group.pending}
 
 
 def _endpoint(address: Address) -> Row:

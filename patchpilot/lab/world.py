@@ -69,6 +69,10 @@ class Member:
     address: Address
     zone: str
     status: str = AVAILABLE
+    engine: str | None = None
+    """What this node is already, or still, while the group is being modified; None for what the group is."""
+    engine_version: str | None = None
+    node_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class Group:
     snapshots: tuple[Snapshot, ...] = ()
     parameter_group: str = "lab-broker-parameters"
     parameters: Mapping[str, str] = field(default_factory=lambda: dict(PARAMETERS))
+    pending: Mapping[str, str] = field(default_factory=dict)
+    """What was asked for and not applied yet: ``engine``, ``engine_version``, ``node_type``."""
 
     def role(self, cluster_id: str) -> str:
         """The `CurrentRole` of a member."""
@@ -264,13 +270,17 @@ class World:
             if changed.primary_id != group.primary_id:
                 self.reach(Milestone.FAILOVER)
 
-    def change_member(self, group_id: str, cluster_id: str, *, status: str) -> None:
-        """Give one node another status."""
+    def modify_group(self, group_id: str, **what: Any) -> None:
+        """Change what a group is, or what is pending."""
+        with self._lock:
+            self._change(groups=_with(self._view.groups, group_id, replace(self._view.groups[group_id], **what)))
+
+    def change_member(self, group_id: str, cluster_id: str, **what: Any) -> None:
+        """Give one node another status, or what it becomes when the group is modified."""
         with self._lock:
             group = self._view.groups[group_id]
             members = tuple(
-                replace(member, status=status) if member.cluster_id == cluster_id else member
-                for member in group.members
+                replace(member, **what) if member.cluster_id == cluster_id else member for member in group.members
             )
             self._change(groups=_with(self._view.groups, group_id, replace(group, members=members)))
 

@@ -34,6 +34,8 @@ class Idle:
 
     def test_failover(self) -> None: ...
 
+    def modify(self, target: object) -> None: ...
+
 
 @pytest.fixture(autouse=True)
 def own_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
