@@ -23,6 +23,7 @@ from patchpilot.lab.world import (
     NODE,
     UNDER_WAY,
     ActionKey,
+    Milestone,
     NodeUpdate,
     ServiceUpdate,
     UpdateAction,
@@ -135,9 +136,11 @@ class Choreography:
 
     def _test_failover(self) -> Script:
         yield 0
+        self._world.reach(Milestone.APPLIED)
         self._publish(_GROUP, self._group, f"Test Failover API called for node group {NODE}")
         yield from self._fail_over()
         self._world.change_group(self._group, status=AVAILABLE)
+        self._world.reach(Milestone.COMPLETE)
 
     def _rotate(self, key: ActionKey) -> Script:
         yield from self._pause(self.seconds_per_node * _GAP)
@@ -150,6 +153,7 @@ class Choreography:
 
     def _modify(self, target: Change) -> Script:
         """Replicas first, then the failover, then the old primary, as for an update."""
+        self._world.reach(Milestone.APPLIED)
         for node in [*self._nodes.replicas, self._nodes.primary]:
             begun = self._world.clock.monotonic()
             yield from self._pause(self.seconds_per_node * _GAP)
@@ -159,6 +163,7 @@ class Choreography:
             self._publish(_CLUSTER, node, "Cache cluster patched")
             self._world.change_member(self._group, node, **asdict(target))
         self._world.modify_group(self._group, pending={}, status=AVAILABLE, **asdict(target))
+        self._world.reach(Milestone.COMPLETE)
 
     def _update(self, key: ActionKey, node: str) -> Script:
         begun = self._world.clock.monotonic()

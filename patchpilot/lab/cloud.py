@@ -43,7 +43,7 @@ class Cloud:
     :param operators: who works on the nodes, by replication group.
     :param calls: a JSON-lines file that gets one line for each ElastiCache call, when it arrives and whatever becomes
         of it: `time` (UTC, ISO 8601), `action` and `parameters`.
-    :param asked: called when somebody asks to apply an update, before anything comes of it.
+    :param asked: called when somebody asks for an operation on the nodes, before anything comes of it.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from patchpilot.lab.scenario import CALM, Failing, Refusal, Scenario, Some, Stal
 from patchpilot.lab.world import Event, Milestone, View, World
 
 _APPLY = "BatchApplyUpdateAction"
+_ASKS = (_APPLY, "ModifyReplicationGroup", "TestFailover")
 _ACTIONS = "DescribeUpdateActions"
 _EVENTS = "DescribeEvents"
 
@@ -26,7 +27,7 @@ S = TypeVar("S", bound=Some)
 class DisturbedApi:
     """The operations, disturbed. Thread safe.
 
-    :param asked: called when somebody asks to apply an update, before anything comes of it.
+    :param asked: called when somebody asks for an operation on the nodes, before anything comes of it.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class DisturbedApi:
 
         :raises Fault: for an error answer.
         """
-        if operation == _APPLY:
+        if operation in _ASKS:
             self._world.reach(Milestone.ASKED)
             self._asked()
         failing = self._failing(operation)

@@ -41,13 +41,13 @@ class Milestone(StrEnum):
     START = "start"
     """The API begins to answer."""
     ASKED = "asked"
-    """Somebody calls BatchApplyUpdateAction; before anything comes of it."""
+    """Somebody calls BatchApplyUpdateAction, ModifyReplicationGroup or TestFailover; before anything comes of it."""
     APPLIED = "applied"
-    """An update action leaves `not-applied`, `stopped` or `scheduled`, whoever saw to that."""
+    """An operation on the nodes begins, whoever asked for it: the update leaves `not-applied`, say."""
     FAILOVER = "failover"
     """Another node is the primary."""
     COMPLETE = "complete"
-    """An update action is complete."""
+    """That operation is complete."""
 
 
 PARAMETERS = MappingProxyType(

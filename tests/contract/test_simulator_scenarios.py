@@ -160,9 +160,13 @@ def test_every_answer_is_valid(name: str) -> None:
         ask("DescribeServiceUpdates")
         ask("DescribeEvents", Duration=60)
         ask("DescribeSnapshots")
+        ask("DescribeCacheParameters", CacheParameterGroupName="lab-broker-parameters")
+        ask("ListAllowedNodeTypeModifications", ReplicationGroupId=GROUP)
         clock.sleep(1)
     ask("BatchStopUpdateAction", **QUESTION)
     ask("TestFailover", ReplicationGroupId=GROUP, NodeGroupId="0001")
+    clock.sleep(20)
+    ask("ModifyReplicationGroup", ReplicationGroupId=GROUP, EngineVersion="9.2", ApplyImmediately=True)
 
 
 # What each table does, over the wire.
@@ -174,6 +178,8 @@ class Idle:
     def rotate(self, update: str) -> None: ...
 
     def test_failover(self) -> None: ...
+
+    def modify(self, target: object) -> None: ...
 
 
 @pytest.fixture
@@ -422,6 +428,22 @@ def test_aws_schedules_and_starts_by_itself_unless_somebody_was_quicker(tmp_path
     [row] = world.account.view().actions.values()
     assert (row.status, {node.initiated_by for node in row.nodes}) == ("complete", {"customer"})
     assert world.failovers == 1
+
+
+def test_other_operations_have_their_milestones(tmp_path: Path) -> None:
+    text = '[[failover]]\nsince = "complete"\nafter = "1s"\n[[stale]]\nsince = "applied"\nlag = "1h"'
+    for operation, params in (
+        ("ModifyReplicationGroup", {"EngineVersion": "9.2", "ApplyImmediately": True}),
+        ("TestFailover", {"NodeGroupId": "0001"}),
+    ):
+        world = SimulatedWorld(FakeClock(), scenario(tmp_path, text))
+        world.api.answer(operation, {"ReplicationGroupId": GROUP, **params})
+        world.clock.sleep(1)
+        [group] = world.api.answer("DescribeReplicationGroups", {})["ReplicationGroups"]
+        assert (group["Status"], world.account.view().groups[GROUP].status) == ("available", "modifying")
+        world.clock.sleep(30)
+        assert world.failovers == 2
+        assert world.account.view().groups[GROUP].status == "available"
 
 
 def test_a_superseded_update_is_left_where_it_is(tmp_path: Path) -> None:
