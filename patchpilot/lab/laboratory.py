@@ -12,14 +12,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from patchpilot.clock import SYSTEM, Clock
-from patchpilot.errors import Unsafe
+from patchpilot.errors import Unsafe, Usage
 from patchpilot.lab import monitoring
+from patchpilot.lab.choreography import first_update
 from patchpilot.lab.cloud import Cloud
 from patchpilot.lab.replicas import Failover, ReplicaSet, Windows
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.rotation import Rotation
+from patchpilot.lab.scenario import CALM, Scenario
 from patchpilot.lab.servers import Postgres
-from patchpilot.lab.world import Group, Member, Snapshot, World, lab_update
+from patchpilot.lab.world import Group, Member, Snapshot, World
 
 GROUP = "lab-broker"
 REGION = "eu-central-1"
@@ -31,7 +33,9 @@ class Lab:
 
     :param directory: for data and logs; made if it is missing.
     :param roster: where the processes are written down; `directory/roster.json` by default.
+    :param scenario: what goes wrong.
     :param postgres: whether to start PostgreSQL too.
+    :raises Usage: if the scenario is about a node that this lab has not.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Lab:
         write_loss_ms: int = 300,
         endpoint_lag_ms: int = 300,
         seconds_per_node: float = 3.0,
+        scenario: Scenario = CALM,
         postgres: bool = True,
         roster: Roster | None = None,
         clock: Clock = SYSTEM,
@@ -49,7 +54,10 @@ class Lab:
         logs, data = directory / "logs", directory / "data"
         for needed in (directory, logs, data):
             needed.mkdir(parents=True, exist_ok=True)
+        if scenario.highest_node > replicas + 1:
+            raise Usage(f"the scenario is about node {scenario.highest_node}, and the lab has only {replicas + 1}")
         self.directory = directory
+        self.scenario = scenario
         self.roster = roster or Roster(directory / "roster.json")
         self.calls = directory / "calls.jsonl"
         self.postgres = Postgres(data, roster=self.roster, log=logs / "postgres.log", clock=clock) if postgres else None
@@ -60,9 +68,16 @@ class Lab:
             self.replicas,
             windows=Windows(write_loss_ms / 1000, endpoint_lag_ms / 1000),
             seconds_per_node=seconds_per_node,
+            scenario=scenario,
             clock=clock,
         )
-        self.cloud = Cloud(self.world, {GROUP: self.rotation}, calls=self.calls)
+        self.cloud = Cloud(
+            self.world,
+            {GROUP: self.rotation},
+            calls=self.calls,
+            scenario=scenario,
+            asked=self.rotation.choreography.glance,
+        )
         self._running = ExitStack()
 
     def __enter__(self) -> Self:
@@ -104,6 +119,7 @@ class Lab:
             nodes = list(self.replicas.nodes)
             monitoring.watch(self.cloud.url, REGION, self.world.account, GROUP, nodes, self.world.clock)
             starting.callback(self.rotation.close)
+            self.rotation.watch()
             self._running = starting.pop_all()
 
     def stop(self) -> None:
@@ -144,7 +160,7 @@ class Lab:
                 snapshots=(Snapshot(f"automatic.{GROUP}", now - timedelta(hours=1)),),
             )
         )
-        self.world.add_update(lab_update(now))
+        self.world.add_update(first_update(self.scenario, now))
 
 
 def _hour(begin: datetime, form: str) -> str:

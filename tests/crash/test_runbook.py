@@ -278,6 +278,16 @@ def test_the_request_was_never_made_and_is_made_once_the_settling_time_is_over(t
     assert RUNBOOK.settle <= attempts[1].at - attempts[0].at <= RUNBOOK.settle + timedelta(seconds=15)
 
 
+def test_the_request_was_never_made_and_is_made_however_late_the_run_is_taken_up(tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path)
+    rehearsal.world.surprises["apply"] = [Kill("before the call")]
+    rehearsal.crash()
+    rehearsal.clock.sleep(2 * RUNBOOK.stall.total_seconds())
+    resumed = rehearsal.clock.now()
+    rehearsal.run()
+    assert rehearsal.world.applied == [resumed]
+
+
 @pytest.fixture
 def in_grace(tmp_path: Path) -> Rehearsal:
     """A run that was killed when its grace had just begun, with about ten minutes of it left."""
