@@ -6,6 +6,7 @@ A remote control command, answered by the worker's main process. Never a secret:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from patchpilot.backend.canary import queue_of
@@ -44,12 +45,12 @@ def _about(state: Any, **_: Any) -> dict[str, Any]:
         "processes": getattr(consumer.pool, "num_processes", None),
         "running": dict(Counter(request.name for request in at_work.active_requests)),
         "broker": [getattr(connection, "hostname", None), getattr(connection, "port", None) or REDIS_PORT],
-        "settings": _settings(state.app.conf),
+        "settings": _settings(state.app.conf, getattr(connection, "transport_options", None) or {}),
     }
 
 
-def _settings(conf: Any) -> dict[str, Any]:
-    options = conf.get("broker_transport_options") or {}
+def _settings(conf: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are in effect: of the connection at work, which our transport completes."""
     found = {name: conf.get(name) for name in SETTINGS}
     found |= {f"broker_transport_options.{name}": options.get(name) for name in TRANSPORT_OPTIONS}
     return {name: value if isinstance(value, (bool, int, float, str)) else None for name, value in found.items()}

@@ -73,8 +73,9 @@ def test_the_applications_default_exchange_does_not_matter(app: Celery, kind: st
 
 
 def test_what_a_worker_tells_of_itself_is_no_secret(app: Celery) -> None:
-    app.conf.update(broker_transport_options={"socket_timeout": 10, "password": "hunter2"}, task_acks_late=True)
-    connection = SimpleNamespace(hostname="broker.test", port=None)
+    app.conf.update(task_acks_late=True)
+    options = {"socket_timeout": 10, "password": "hunter2"}
+    connection = SimpleNamespace(hostname="broker.test", port=None, transport_options=options)
     consumed = SimpleNamespace(queues=[SimpleNamespace(name=name) for name in ("celery", QUEUE, f"{CANARY}.another")])
     consumer: Any = SimpleNamespace(
         task_consumer=consumed, connection=connection, pool=SimpleNamespace(num_processes=3)
