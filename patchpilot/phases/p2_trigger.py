@@ -150,8 +150,8 @@ def _await_others(view: View, patience: timedelta) -> Observation:
 
 
 def _wait(view: View, bound: timedelta, why: str, *, act: bool = False) -> Observation:
-    """Go on as long as ``bound`` allows, since the step began or since it last gave up."""
-    began = max(filter(None, (view.intended_at, view.contradicted_at)), default=view.since)
+    """Go on as long as ``bound`` allows, since somebody began to look or the step last gave up."""
+    began = max(filter(None, (view.since, view.contradicted_at)))
     if view.now < began + bound:
         return NotYet(why, act=act)
     return Contradicted(Unsafe(f"{why}; so it has been since {clock_time(began)}: look at the group in the console"))
