@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from patchpilot.engine.journal import RUN_TRANSITIONS, TRANSITIONS, Kind
 from patchpilot.engine.plan import Effect, Phase, Step
@@ -33,11 +34,9 @@ EFFECTS = {
 
 def phases() -> list[Phase]:
     """The runbook's phases, on a desk with nothing on it."""
-    nothing: Any = cast("Any", None)
-    desk = Desk(
-        cluster="", group="", role="cache", cloud=nothing, nodes=None, monitoring=nothing, recovery=None, workers=None,
-        reports=nothing, schema=lambda: None, runbook=Runbook(), window=Window(),
-    )  # fmt: skip
+    needed = [each.name for each in fields(Desk) if each.default is MISSING and each.default_factory is MISSING]
+    laid: dict[str, Any] = {"role": "cache", "runbook": Runbook(), "window": Window()}
+    desk = Desk(**{**dict.fromkeys(needed), **laid})
     return [phase(desk) for phase in RUNBOOK]
 
 

@@ -198,6 +198,24 @@ def test_an_upgrade_that_a_colleague_has_begun_is_adopted(tmp_path: Path) -> Non
     assert flow.entries("trigger", Kind.REACHED)[0].data["how"] == "adopted"
 
 
+def test_an_upgrade_that_was_broken_off_half_way_is_finished(tmp_path: Path) -> None:
+    """One node has it already, and nothing is under way: that is no trace of an upgrade that runs."""
+    flow = arranged(tmp_path, "engine-upgrade")
+    flow.world.change(versions={**flow.world.now.versions, NAMES[1]: "8.1"})
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+
+
+def test_the_failover_of_a_minute_ago_is_not_the_one_of_this_game_day(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "test-failover")
+    flow.world.fail_over(NAMES[2])
+    flow.clock.sleep(60)
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+    assert flow.entries("trigger", Kind.REACHED)[0].data["how"] == "applied"
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+
+
 def test_nothing_to_observe_is_nothing_to_do(tmp_path: Path) -> None:
     flow = Flow(tmp_path, ORDERS["observe"], observe=timedelta(minutes=30))
     began = flow.clock.now()
