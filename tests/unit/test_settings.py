@@ -65,14 +65,15 @@ def test_what_the_example_comments_out_can_be_commented_in(tmp_path: Path) -> No
 
 def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
     from patchpilot.lab import background
+    from patchpilot.lab.scenario import CALM
 
-    values = {"postgres": '"x"', "region": '"eu-central-1"', "elasticache": '"http://x"', "credentials": '"/x"',
-              "replication_group": '"lab-broker"', "endpoint": '"redis://x"'}  # fmt: skip
+    facts = {"postgres": "x", "region": "eu-central-1", "elasticache": "http://x",
+             "replication_group": "lab-broker", "endpoint": "redis://x"}  # fmt: skip
     written = ROOT / "config/lab.toml"
     import tomllib
 
     ours = tomllib.loads(written.read_text())
-    theirs = tomllib.loads(background._TOML.format(**values))
+    theirs = tomllib.loads(background.configuration(facts, Path("/x"), CALM))
     del theirs["postgres"], theirs["aws"]["endpoint_url"], theirs["aws"]["credentials_file"]
     del theirs["clusters"]["broker"]["endpoint"]
     assert ours == theirs
