@@ -22,7 +22,6 @@ from patchpilot.lab.cloud import Cloud, LabResponse
 from patchpilot.lab.world import World
 
 OURS = (
-    "describe_cache_parameters",
     "describe_service_updates",
     "describe_update_actions",
     "describe_events",

@@ -148,8 +148,7 @@ def test_without_the_journal_only_callbacks_are_on_record(
 @pytest.fixture
 def forbidden(broker: redis.Redis) -> Iterator[str]:
     """A queue that the broker does not let anybody write to, until the test is over or says otherwise."""
-    allowed = ("~*celery*", "~unacked*", "~_kombu*", "~patchpilot.canary*")
-    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", *allowed)
+    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", "~*celery*", "~unacked*", "~_kombu*")
     yield "forbidden"
     broker.execute_command("ACL", "SETUSER", "default", "allkeys")
 
