@@ -8,13 +8,13 @@ that neither hangs on a socket that nobody answers. Everything else is kombu's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MethodType
 from typing import Any
 
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
-from kombu.transport import redis
+from kombu.transport import redis, virtual
 from kombu.utils.eventio import READ, poll
 from kombu.utils.functional import dictfilter
 from kombu.utils.url import as_url, parse_url
@@ -151,6 +151,18 @@ class Channel(redis.Channel):  # type: ignore[misc]
     def _brpop_start(self, *args: Any, **kwargs: Any) -> None:
         self._asked_at = SYSTEM.monotonic()
         super()._brpop_start(*args, **kwargs)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except _LOST:  # in the middle, and kombu would leave the sockets open
+            with suppress(*_LOST):
+                virtual.Channel.close(self)
+        finally:
+            if self.connection is not None:
+                self.connection.cycle.discard(self)
+            self._disconnect_pools()
+            self._close_clients()
 
     def end_if_lost(self) -> None:
         if self.lost is not None:
