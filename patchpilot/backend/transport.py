@@ -98,13 +98,14 @@ class QoS(redis.QoS):  # type: ignore[misc]
         self._persistently(super().append, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
+        self.channel.end_if_lost()
         self._persistently(super().ack, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        self.channel.end_if_lost()
         self._persistently(super().reject, delivery_tag, requeue)
 
     def _persistently(self, write: Callable[..., None], *args: Any) -> None:
-        self.channel.end_if_lost()
         try:
             write(*args)
         except _LOST:
@@ -169,13 +170,15 @@ class Channel(redis.Channel):  # type: ignore[misc]
             raise self.lost
 
     def insist_on_answer(self) -> None:
-        """Give the connection up if the reply to its BRPOP, which the server delays by a second at most, is overdue.
+        """Give the connection up if the reply to its BRPOP, which the server delays for a known time, is overdue.
 
         :raises ConnectionError: if so.
         """
-        overdue = 1 + self.health_check_interval
+        delay = getattr(self, "brpop_timeout", 1)  # an attribute since kombu 5.6; 0 is for ever
         waited = SYSTEM.monotonic() - self._asked_at
-        if self._in_poll and self.health_check_interval and waited > overdue and not _readable(self._in_poll._sock):
+        if not self._in_poll or not delay or not self.health_check_interval:
+            return
+        if waited > delay + self.health_check_interval and not _readable(self._in_poll._sock):
             self._in_poll.disconnect()
             raise RedisConnectionError(f"no answer from the broker for {waited:.0f} s")
 
@@ -229,6 +232,8 @@ def _switch(client: Any, url: str) -> None:
 
 
 def _readable(sock: Any) -> bool:
+    if sock is None:  # closed, which others notice
+        return True
     poller = poll()
     try:
         poller.register(sock, READ)
