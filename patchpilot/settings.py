@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from patchpilot.dsn import MALFORMED, is_readable
 from patchpilot.errors import Usage
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -192,18 +193,8 @@ class Settings(BaseSettings):
 
 def _readable_dsn(dsn: str) -> str:
     """``dsn``, if libpq can read it. Its own complaint would quote the password."""
-    from psycopg import ProgrammingError
-    from psycopg.conninfo import conninfo_to_dict
-
-    try:
-        host = str(conninfo_to_dict(dsn).get("host") or "")
-    except ProgrammingError:
-        host = "@"
-    if "@" in host:
-        raise Usage(
-            "the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES) is malformed: write postgresql://user:password@host/"
-            "database, and percent-encode special characters of the password"
-        )
+    if not is_readable(dsn):
+        raise Usage(f"the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES) {MALFORMED}")
     return dsn
 
 

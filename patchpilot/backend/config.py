@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
+from patchpilot.dsn import MALFORMED, is_readable
+
 MESSAGE_ID = "patchpilot_message"
 """Message header: the id of the message in the outbox."""
 
@@ -143,7 +145,7 @@ def dsn_of(app: Celery) -> str:
 
     The setting is masked on the way: ``app.conf.humanize()`` and ``celery report`` print every setting.
 
-    :raises ImproperlyConfigured: if there is none.
+    :raises ImproperlyConfigured: if there is none, or libpq cannot read it.
     """
     dsn = app.conf.get(DSN) or os.environ.get("PATCHPILOT_POSTGRES")
     if isinstance(dsn, Masked):
@@ -155,6 +157,8 @@ def dsn_of(app: Celery) -> str:
             "the patchpilot backend needs PostgreSQL: set patchpilot_postgres in the Celery configuration, "
             "or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
         )
+    if not is_readable(str(dsn)):
+        raise ImproperlyConfigured(f"the DSN (patchpilot_postgres, PATCHPILOT_POSTGRES) {MALFORMED}")
     mask(app.conf, str(dsn))
     return str(dsn)
 

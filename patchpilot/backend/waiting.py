@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.result import AsyncResult
 from celery.utils.log import get_logger
 from redis.exceptions import RedisError
 
@@ -54,6 +55,21 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     def _unsubscribe(self) -> None:
         while self._let_go:
             super().cancel_for(self._let_go.popleft())
+
+    def _wait_for_pending(self, result: Any, **options: Any) -> Iterator[None]:
+        # A set of results is waited for with the backend of the thread that waits. If another thread has sent the
+        # tasks, this one has subscribed to nothing yet, and would wait for ever.
+        foreign = [it for it in getattr(result, "results", None) or () if self._is_foreign(it)]
+        for each in foreign:
+            self.backend.add_pending_result(each)
+        try:
+            yield from super()._wait_for_pending(result, **options)
+        finally:
+            for each in foreign:
+                self.backend.remove_pending_result(each)
+
+    def _is_foreign(self, result: Any) -> bool:
+        return isinstance(result, AsyncResult) and result._cache is None and result.backend is not self.backend
 
     def drain_events(self, timeout: float | None = None) -> None:
         self._calmly(self._unsubscribe)

@@ -18,6 +18,7 @@ import psycopg
 from psycopg.rows import DictRow, dict_row
 
 from patchpilot.clock import SYSTEM, Backoff, Clock
+from patchpilot.dsn import MALFORMED, is_readable
 from patchpilot.errors import NeedsOperator, Transient
 
 logger = logging.getLogger(__name__)
@@ -116,15 +117,20 @@ class Database:
             self._after_fork()
         with self._lock:
             if self._connection is None or self._connection.closed:
-                self._connection = psycopg.connect(
-                    self._dsn,
-                    row_factory=dict_row,
-                    connect_timeout=CONNECT_TIMEOUT,
-                    prepare_threshold=self._prepare_after,
-                    autocommit=True,
-                    application_name="patchpilot",
-                )
+                self._connection = self._connected()
             yield self._connection
+
+    def _connected(self) -> Connection:
+        if not is_readable(self._dsn):
+            raise NeedsOperator(f"the PostgreSQL DSN {MALFORMED}")
+        return psycopg.connect(
+            self._dsn,
+            row_factory=dict_row,
+            connect_timeout=CONNECT_TIMEOUT,
+            prepare_threshold=self._prepare_after,
+            autocommit=True,
+            application_name="patchpilot",
+        )
 
     def _after_fork(self) -> None:
         # Only reached in a child that has not used the database yet. The parent's connection is kept, unused, so that

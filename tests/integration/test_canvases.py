@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -15,14 +15,12 @@ from celery.exceptions import ChordError
 from kombu.exceptions import EncodeError
 
 from patchpilot.lab.processes import until
-from patchpilot.lab.roster import Roster
-from patchpilot.lab.servers import Postgres
 from patchpilot.recovery import Applied, Recovery, Site, Window
 from tests.support import canvases
 from tests.support.canvases import Case
 from tests.support.extras import constant, fail, opaque, starts
 from tests.support.shop import add, app, hold, note, total
-from tests.support.station import Setup, Station, Stations
+from tests.support.station import Setup, Station, on
 
 WAIT = 30
 
@@ -53,27 +51,6 @@ UNORDERED_MSGPACK = Setup(
 
 
 pytestmark = pytest.mark.backend
-
-
-@pytest.fixture(scope="module")
-def stations(
-    lab_roster: Roster, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, migrated_template: str
-) -> Iterator[Stations]:
-    with Stations(lab_roster, tmp_path_factory.mktemp("stations"), postgres_server, migrated_template) as opened:
-        yield opened
-
-
-@pytest.fixture
-def station(request: pytest.FixtureRequest, stations: Stations) -> Iterator[Station]:
-    """The station with the setup that the test asks for."""
-    opened = stations.at(request.param)
-    with opened.used():
-        yield opened
-
-
-def on(*setups: Setup) -> pytest.MarkDecorator:
-    """Run the test on stations with these setups."""
-    return pytest.mark.parametrize("station", setups, indirect=True, ids=str)
 
 
 def outcome(result: Any) -> Any:

@@ -6,12 +6,13 @@ Every start of a task is one more line of the ledger, whatever the task itself w
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from celery import Task, chain, chord, group, signals
 from celery.exceptions import Ignore
 
-from tests.support.shop import add, app, note, total, write
+from tests.support.shop import add, app, hold, note, total, write
 
 
 @signals.task_prerun.connect(weak=False)  # type: ignore[untyped-decorator]
@@ -105,3 +106,87 @@ def grows_by_failing(self: Task, value: int) -> int:
 def opaque() -> Any:
     """Return what no serialiser but pickle takes."""
     return {1, 2}
+
+
+@app.task
+def large(size: int) -> str:
+    return "x" * size
+
+
+@app.task
+def spawns(number: int) -> Any:
+    """Send a task for each number up to ``number`` and return the promise of their results."""
+    return group(add.s(i, i) for i in range(number)).delay()
+
+
+@app.task(bind=True, max_retries=None)
+def knocks(self: Task, gate: str) -> str:
+    """Try again until the file ``gate`` exists."""
+    if not os.path.exists(gate):  # noqa: PTH110 - a string, in a task
+        raise self.retry(exc=KeyError("closed"), countdown=0.3)
+    return "open"
+
+
+@app.task(bind=True)
+def progresses(self: Task, gate: str) -> str:
+    """Say how far it is, and wait until the file ``gate`` exists."""
+    self.update_state(state="PROGRESS", meta={"done": 1})
+    return str(hold(None, gate))
+
+
+@app.task(ignore_result=True, store_errors_even_if_ignored=True)
+def fails_loudly() -> None:
+    raise ValueError("stored all the same")
+
+
+class Demanding(Exception):
+    """Cannot be made again from its arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+class Holding(Exception):
+    """Holds what no serialiser takes."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, lambda: what)
+
+
+def unprintable() -> Exception:
+    class Unprintable(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("no representation")
+
+    return Unprintable("x")
+
+
+def local() -> Exception:
+    class Local(Exception):
+        """Can be imported by nobody."""
+
+    return Local("a")
+
+
+def caused() -> Exception:
+    error = ValueError("outer", {"at": 1})
+    error.__cause__ = KeyError("inner")
+    return error
+
+
+DEATHS: dict[str, Callable[[], Exception]] = {
+    "demanding": lambda: Demanding("a", "b"),
+    "holding": lambda: Holding("a"),
+    "local": local,
+    "unprintable": unprintable,
+    "caused": caused,
+    "group": lambda: ExceptionGroup("many", [ValueError("a"), KeyError("b")]),
+    "unicode": lambda: ValueError("\udc80 \0 é"),
+    "system": lambda: SystemError("anything"),
+}
+
+
+@app.task
+def dies(how: str) -> None:
+    error = DEATHS[how]()
+    raise error

@@ -40,6 +40,14 @@ class Setup:
         return self.name
 
 
+PLAIN = Setup("plain")
+
+
+def on(*setups: Setup) -> pytest.MarkDecorator:
+    """Run the test on stations with these setups."""
+    return pytest.mark.parametrize("station", setups, indirect=True, ids=str)
+
+
 class Station:
     """The test application on servers of its own, all but PostgreSQL, with a worker."""
 

@@ -1,0 +1,93 @@
+"""A DSN that libpq cannot read, or reads as something else, is refused without being quoted."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+
+import pytest
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
+
+from patchpilot.dsn import is_readable
+from patchpilot.errors import NeedsOperator, PatchpilotError
+from patchpilot.postgres.connection import Database
+
+MALFORMED = [
+    "postgresql://u:hunter2@tail@h/db",
+    "postgresql://u:12/hunter2@h/db",
+    "postgresql://u:hunter2/tail@h/db",
+    "postgresql://u:hunter2%tail@h/db",
+    "postgresql+psycopg://u:hunter2@h/db",
+    "host=h password=a hunter2",
+]
+GOOD = [
+    "postgresql://u:hunter2@h/db",
+    "postgresql://u:hunter2%40tail@h1:1,h2:2/db",
+    "postgresql://u:hunter2#:?tail@[::1]:5432/db?sslmode=require",
+    "postgresql:///db?host=/tmp",
+    "host=h port=1 password='hunter 2@'",
+    "service=db",
+]
+
+
+def said(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def application(dsn: str | Callable[[], str] | None) -> Celery:
+    app = Celery(
+        "dsn", broker="redis://127.0.0.1:1/0", backend="patchpilot+redis://127.0.0.1:1/0", set_as_current=False
+    )
+    app.conf.patchpilot_postgres = dsn
+    return app
+
+
+@pytest.mark.parametrize("dsn", MALFORMED)
+def test_a_malformed_dsn_is_not_quoted(dsn: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match="percent-encoded") as of_the_backend:
+        _ = application(dsn).backend
+    with Database(dsn, budget=0) as database, pytest.raises(NeedsOperator, match="percent-encoded") as of_the_database:
+        database.fetch("SELECT 1")
+    for refused in (of_the_backend, of_the_database):
+        assert len(str(refused.value).splitlines()) == 1
+        assert not any(word in said(refused.value) for word in ("hunter2", "tail"))
+
+
+@pytest.mark.parametrize("dsn", GOOD)
+def test_a_dsn_that_libpq_reads_is_taken(dsn: str) -> None:
+    assert is_readable(dsn)
+
+
+@pytest.mark.parametrize("dsn", ["postgresql://u:hunter2@127.0.0.1:1/db", "postgresql://u:hunter2@nowhere.invalid/db"])
+def test_a_connection_that_fails_says_nothing_of_the_password(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with Database(dsn, budget=0) as database, pytest.raises(PatchpilotError) as failed:
+        database.fetch("SELECT 1")
+    assert "hunter2" not in said(failed.value) + caplog.text + repr(database)
+    assert "PostgreSQL is away" in caplog.text
+
+
+def test_the_dsn_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHPILOT_POSTGRES", GOOD[0])
+    app = application(None)
+    assert app.backend.config.dsn == GOOD[0]
+    assert "hunter2" not in app.conf.humanize() + app.bugreport()
+
+
+def test_the_dsn_may_come_from_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is asked once: a secrets manager may take its time, and money."""
+    asked: list[str] = []
+
+    def secret() -> str:
+        asked.append("asked")
+        return GOOD[0]
+
+    app = application(secret)
+    assert "hunter2" not in app.conf.humanize() + app.bugreport()
+    assert asked == []
+    assert app.backend.config.dsn == GOOD[0]
+    assert type(app.backend)(app=app, url="redis://127.0.0.1:1/0").config.dsn == GOOD[0]
+    assert "hunter2" not in app.conf.humanize() + app.bugreport() + repr(app.conf) + repr(app.backend)
+    assert asked == ["asked"]
