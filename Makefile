@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow celery-suite matrix bench lint format clean help
+.PHONY: demo test test-slow crash-matrix soak-kill celery-suite matrix bench lint format docs clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -25,6 +25,12 @@ test: $(STAMP)   ## the whole suite on real servers, in random order, under 8 mi
 test-slow: $(STAMP)  ## the longer proofs
 	$(BIN)/python -m pytest -m slow
 
+crash-matrix: $(STAMP)  ## every scenario, the pilot killed at every entry of its journal; many interleavings of rivals
+	$(BIN)/python -m pytest -m matrix
+
+soak-kill: $(STAMP)  ## kill the pilot in real labs at random moments, more than twenty times
+	$(BIN)/python -m pytest -m soak
+
 celery-suite: $(STAMP)  ## Celery's own integration tests on stock Redis and on ours, by name; half an hour. ARGS=--help
 	$(BIN)/python -m tests.celery_suite $(ARGS)
 
@@ -35,14 +41,17 @@ matrix: $(STAMP) ## the backend's tests over Pythons, Celerys and servers; CELLS
 	$(BIN)/python -m tests.matrix $(CELLS)
 
 lint: $(STAMP)   ## ruff, mypy --strict, import-linter
-	$(BIN)/ruff check patchpilot tests bench
-	$(BIN)/ruff format --check patchpilot tests bench
+	$(BIN)/ruff check patchpilot tests bench tools
+	$(BIN)/ruff format --check patchpilot tests bench tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP) ## ruff format and the fixes ruff is sure of
-	$(BIN)/ruff format patchpilot tests bench
-	$(BIN)/ruff check --fix patchpilot tests bench
+	$(BIN)/ruff format patchpilot tests bench tools
+	$(BIN)/ruff check --fix patchpilot tests bench tools
+
+docs: $(STAMP)   ## write the diagrams and the index of the runbooks anew
+	$(BIN)/python -m tools.docs
 
 clean:           ## the virtual environment, caches and reports
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports .lab .matrix

@@ -20,6 +20,7 @@ class Exit(IntEnum):
     BLOCKED = 5
     LOCK_HELD = 6
     VERIFICATION_FAILED = 7
+    ABORTED = 8
 
 
 class PatchpilotError(Exception):
@@ -34,6 +35,10 @@ class Transient(PatchpilotError):
     exit_code = Exit.RESUME_LATER
 
 
+class Throttled(Transient):
+    """We ask too often, and the far side said so: it did nothing."""
+
+
 class ResumeLater(PatchpilotError):
     """The run stopped at a checkpoint, on request or because its time budget is spent. The same command goes on."""
 
@@ -44,6 +49,10 @@ class NeedsOperator(PatchpilotError):
     """A person has to change something first: configuration, credentials, permissions."""
 
     exit_code = Exit.ERROR
+
+
+class Refused(NeedsOperator):
+    """One request is refused, for want of a permission perhaps: what it asked for stays unknown. Others may be good."""
 
 
 class Usage(NeedsOperator):
@@ -68,6 +77,12 @@ class Unsafe(PatchpilotError):
     """Going on could break a promise, so patchpilot stopped before it did."""
 
     exit_code = Exit.ERROR
+
+
+class Aborted(PatchpilotError):
+    """The run was ended on request, or by an abort criterion, before the update was complete."""
+
+    exit_code = Exit.ABORTED
 
 
 class LockHeld(Unsafe):

@@ -11,10 +11,10 @@ import re
 import tomllib
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from patchpilot.dsn import MALFORMED, is_readable
@@ -66,16 +66,45 @@ class Postgres(_Section):
 
 
 class Aws(_Section):
-    """How to reach the ElastiCache API. Everything unset is left to boto3's own rules."""
+    """How to reach ElastiCache and CloudWatch. Everything unset is left to boto3's own rules."""
 
     region: str | None = None
     profile: str | None = None
     endpoint_url: str | None = None
+    """Of something that answers for both ElastiCache and CloudWatch, such as the lab."""
     credentials_file: Path | None = None
+    metrics: bool = True
+    """Whether pre-flight reads CloudWatch's metrics of the nodes. Alarms it always reads."""
+
+
+class Metric(_Section):
+    """A CloudWatch metric past which a rotation is stopped."""
+
+    namespace: str
+    name: str
+    dimensions: dict[str, str] = Field(default_factory=dict)
+    statistic: str = "Average"
+    period: Duration = timedelta(minutes=1)
+    points: int = Field(default=3, ge=1, le=60)
+    """How many values in a row have to be past the limit: one alone may be a blip, and a failover is one."""
+    above: float | None = None
+    below: float | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("set one of above and below")
+        if self.period < timedelta(seconds=1):
+            raise ValueError("period must be a second at least")
+        return self
+
+    def is_past(self, value: float) -> bool:
+        """Whether ``value`` is on the wrong side of the limit."""
+        return (self.above is not None and value > self.above) or (self.below is not None and value < self.below)
 
 
 class Runbook(_Section):
-    """How the pilot waits."""
+    """How the pilot waits, and when it stops a rotation."""
 
     grace: Duration = timedelta(minutes=5)
     """How long after the last failover recovery waits, so that clients reconnect and Celery heals what it can."""
@@ -84,6 +113,16 @@ class Runbook(_Section):
     """After an interrupted trigger: how long AWS may take to show the update as started before it counts as absent."""
     stall: Duration = timedelta(hours=2)
     """How long the whole rotation may take before the run stops and says so."""
+    node_stall: Duration = timedelta(hours=1)
+    """How long one node may take before the run stops and names it."""
+    observe: Duration = timedelta(hours=4)
+    """Operation ``observe``: how long to wait for something to begin."""
+    quiet: Duration = timedelta(minutes=10)
+    """Operation ``observe``: how long nothing may happen before what was no service update counts as over."""
+    abort_stuck: int | None = Field(default=None, ge=0)
+    """Stop the update when more chords than this are stuck during the rotation. Unset: never."""
+    abort_metric: Metric | None = None
+    """Stop the update when this metric is past its limit during the rotation. Unset: never."""
     verify_timeout: Duration = timedelta(minutes=5)
     time_budget: Duration | None = None
     """After this long, checkpoint and exit with "resume later". For schedulers that end a job themselves."""

@@ -22,8 +22,9 @@ from kombu.exceptions import EncodeError
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from redis.exceptions import ReadOnlyError, RedisError
 
+from patchpilot.backend import canary
 from patchpilot.backend.chords import Chords, Waiting, waiting
-from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config, Counting
+from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.finishing import Finished, Finisher, Note
@@ -74,6 +75,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.outbox.install()
         self.fence.install()
         Heartbeat(self.database).install()
+        canary.install(self.app)
         signals.task_postrun.connect(_on_postrun, weak=False, dispatch_uid="patchpilot.postrun")
 
     # -- results ------------------------------------------------------------------------------------------------
@@ -231,6 +233,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
         task_id, group_id = str(request.id), str(request.group)
         try:
             chord = self._returned(request, state, result)
+            if chord is None and group_id.startswith(CANARY):
+                return  # nobody waits for it any more
             if chord is None:  # sent by a producer that does not use this backend yet
                 super().on_chord_part_return(request, state, result, **kwargs)
             elif chord.live and (chord.counted_here or self._counted(request)):

@@ -26,6 +26,9 @@ DSN = "patchpilot_postgres"
 FOLLOWS = "patchpilot_follows"
 """Message header: the message of the task before this one in a chain, or that links to it. Its start is fenced."""
 
+CANARY = "patchpilot.canary"
+"""The canary task's name, and what the names of its queues and chords begin with. Its messages are not recorded."""
+
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 

@@ -94,7 +94,7 @@ class Fence:
             moment.connect(self._wrap_all, weak=False, dispatch_uid=f"patchpilot.fence.{id(self._app)}")
 
     def _wrap_all(self, **_: Any) -> None:
-        for task in self._app.tasks.values():
+        for task in list(self._app.tasks.values()):
             if not getattr(task.run, "patchpilot", False):
                 task.run = self._guarded(task, task.run)
                 if task.__trace__ is not None:  # the worker built its tracer before it first needed a backend

@@ -15,7 +15,7 @@ from typing import Any
 from celery import signals
 from celery.utils.log import get_logger
 
-from patchpilot.backend import holdings
+from patchpilot.backend import about, holdings
 from patchpilot.backend.fence import INSTANCE
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
@@ -46,6 +46,7 @@ class Heartbeat:
 
     def _begin(self, sender: Any = None, **_: Any) -> None:
         holdings.install()
+        about.install()
         name = getattr(sender, "hostname", None) or "worker"
         threading.Thread(target=self._beat, args=(name,), name="patchpilot-heartbeat", daemon=True).start()
 

@@ -13,7 +13,7 @@ from celery.app import amqp
 from kombu.serialization import dumps
 from kombu.utils import json
 
-from patchpilot.backend.config import CALLBACK_OF, FOLLOWS, MESSAGE_ID
+from patchpilot.backend.config import CALLBACK_OF, CANARY, FOLLOWS, MESSAGE_ID
 
 # Options of Producer.publish that steer this publish and are not part of the message.
 _STEERING = frozenset({
@@ -121,11 +121,9 @@ def prepare(body: Any, options: dict[str, Any], callback_of: str | None, message
     """
     options = dict(options)
     headers = options["headers"]
-    headers[MESSAGE_ID] = message_id = message_id or str(uuid4())
-    if callback_of is not None:
-        headers[CALLBACK_OF] = callback_of
-    elif (before := _before(headers["id"])) is not None:
-        headers[FOLLOWS] = before
+    message_id = message_id or str(uuid4())
+    if headers["task"] != CANARY:
+        headers.update(_marks(headers["id"], message_id, callback_of))
     content_type, encoding, payload = dumps(body, serializer=options.pop("serializer", None))
     if _is_retried_by_celery():
         options["retry"] = True  # once it is held back, or on record, nobody else would
@@ -138,6 +136,14 @@ def prepare(body: Any, options: dict[str, Any], callback_of: str | None, message
         content=(content_type, encoding),
         options=options,
     )
+
+
+def _marks(task_id: str, message_id: str, callback_of: str | None) -> dict[str, str]:
+    """The headers that make a message ours: by them its end is recorded, and its start is fenced."""
+    if callback_of is not None:
+        return {MESSAGE_ID: message_id, CALLBACK_OF: callback_of}
+    before = _before(task_id)
+    return {MESSAGE_ID: message_id} if before is None else {MESSAGE_ID: message_id, FOLLOWS: before}
 
 
 def _is_retried_by_celery() -> bool:

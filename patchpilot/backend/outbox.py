@@ -24,7 +24,7 @@ from celery._state import get_current_worker_task
 from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 
-from patchpilot.backend.config import Journal
+from patchpilot.backend.config import CANARY, Journal
 from patchpilot.backend.message import Message, Part, columns, prepare
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Connection, Database
@@ -285,7 +285,8 @@ class Outbox:
             logger.error("The end of message %s was not recorded: %s", message_ids[0], error)  # noqa: TRY400
 
     def _journalled(self, messages: Iterable[Message]) -> list[Message]:
-        return [it for it in messages if self._journal is not Journal.OFF or it.callback_of]
+        kept = (it for it in messages if self._journal is not Journal.OFF or it.callback_of)
+        return [it for it in kept if it.name != CANARY]
 
 
 def _merged(dispatches: Mapping[str, Dispatch], ours: Collection[str]) -> Dispatch:

@@ -9,8 +9,10 @@ import traceback
 import typer
 
 from patchpilot import __version__
-from patchpilot.cli import chords, db, lab
+from patchpilot.cli import asking, chords, db, lab
 from patchpilot.cli.console import say
+from patchpilot.cli.plan import plan
+from patchpilot.cli.preflight import preflight
 from patchpilot.cli.recover import recover
 from patchpilot.cli.report import report
 from patchpilot.cli.run import run
@@ -20,7 +22,7 @@ from patchpilot.telemetry import mask
 
 EPILOG = (
     "Exit codes: 0 done, 1 error, 2 usage, 3 nothing to do, 4 resume later, 5 blocked by pre-flight, 6 lock held, "
-    "7 verification failed. Data goes to standard output, messages to standard error."
+    "7 verification failed, 8 aborted. Data goes to standard output, messages to standard error."
 )
 
 _TYPER_INTERRUPTED = 130
@@ -36,7 +38,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run", epilog=EPILOG)(run)
+app.command("preflight")(preflight)
+app.command("plan")(plan)
 app.command("status")(status)
+for _ask in (asking.approve, asking.pause, asking.resume, asking.stop):
+    app.command(_ask.__name__)(_ask)
 app.command("recover")(recover)
 app.command("report")(report)
 app.add_typer(chords.app, name="chords")

@@ -41,6 +41,12 @@ def up(
         int, typer.Option(min=0, help="At each failover: how long the endpoint leads nowhere.")
     ] = 300,
     seconds_per_node: Annotated[float, typer.Option(min=0, help="How long replacing one node takes.")] = 3.0,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            "--scenario", metavar="NAME|FILE", help="What goes wrong; `lab scenarios` lists some [default: nothing]."
+        ),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Start the lab and leave it running.
@@ -50,7 +56,7 @@ def up(
     background = _background()
     info = background.up(
         directory, replicas=replicas, write_loss_ms=write_loss_ms, endpoint_lag_ms=endpoint_lag_ms,
-        seconds_per_node=seconds_per_node, prepare=_prepare,
+        seconds_per_node=seconds_per_node, scenario=scenario, prepare=_prepare,
     )  # fmt: skip
     if output is Output.JSON:
         emit_json(asdict(info))
@@ -86,6 +92,19 @@ def status(directory: DirOption = LAB, output: OutputOption = Output.TEXT) -> in
     else:
         say(f"no lab runs in {directory}")
     return int(Exit.DONE if found["running"] else Exit.ERROR)
+
+
+@app.command()
+def scenarios(output: OutputOption = Output.TEXT) -> None:
+    """What can go wrong in a lab, for `lab up --scenario`. A file of your own can be named there as well."""
+    from patchpilot.lab import scenario
+
+    found = [(name, scenario.read(path).title, str(path)) for name, path in scenario.known().items()]
+    if output is Output.JSON:
+        emit_json([{"name": name, "title": title, "file": path} for name, title, path in found])
+        return
+    emit_table(("NAME", "WHAT GOES WRONG"), [(name, title) for name, title, _ in found])
+    say(f"how to write one: {scenario.FOLDER / 'README.md'}")
 
 
 @app.command()

@@ -4,38 +4,61 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
-from patchpilot import elasticache, phases, report
+from patchpilot import phases, report
 from patchpilot.cli.console import ConfigOption, Output, OutputOption, duration, emit, emit_json, read_settings, say
-from patchpilot.cli.recover import complain, site
+from patchpilot.cli.desk import Outfit
+from patchpilot.cli.orders import (
+    POSTGRES_BUDGET,
+    ClusterNameOption,
+    EngineOption,
+    EngineVersionOption,
+    NodeTypeOption,
+    OperationOption,
+    ParameterGroupOption,
+    UpdateOption,
+)
+from patchpilot.cli.preflight import ReasonOption, WaiveOption, read_waivers
 from patchpilot.clock import SYSTEM
-from patchpilot.engine.journal import Kind
+from patchpilot.engine.journal import RunRecord
+from patchpilot.engine.requests import hold
 from patchpilot.engine.runner import Progress, Runner
-from patchpilot.errors import Exit, LeaseLost, PatchpilotError
-from patchpilot.phases.desk import Desk
+from patchpilot.errors import Exit, LeaseLost, PatchpilotError, Usage
+from patchpilot.phases.order import Order, settle
+from patchpilot.phases.proposal import aim_of
 from patchpilot.postgres import journal as journals
+from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Recovery, Window
+from patchpilot.postgres.journal import RunJournal
 from patchpilot.settings import Settings
 from patchpilot.telemetry import mask
-from patchpilot.valkey import nodes
 
-POSTGRES_BUDGET = 60.0
-"""Seconds for which PostgreSQL may be away, failing over itself perhaps, before the run stops with "resume later"."""
+Asked = Mapping[str, str | None]
+"""The options that say what to do, by the names of :class:`patchpilot.phases.order.Order`."""
 
 
 def run(
-    cluster: Annotated[str, typer.Option("--cluster", metavar="NAME", help="The cluster's name in the configuration.")],
+    cluster: ClusterNameOption,
     config: ConfigOption = None,
-    update: Annotated[
+    operation: OperationOption = None,
+    update: UpdateOption = None,
+    engine: EngineOption = None,
+    engine_version: EngineVersionOption = None,
+    parameter_group: ParameterGroupOption = None,
+    node_type: NodeTypeOption = None,
+    plan: Annotated[
         str | None,
-        typer.Option("--update", metavar="NAME", help="The service update to apply [default: the newest applicable]."),
+        typer.Option("--plan", metavar="DIGEST", help="Do what `patchpilot plan` said; refuse if that has changed."),
+    ] = None,
+    approve_before: Annotated[
+        str | None,
+        typer.Option("--approve-before", metavar="trigger", help="Wait there for `patchpilot approve`."),
     ] = None,
     grace: Annotated[
         str | None,
@@ -45,85 +68,104 @@ def run(
         str | None,
         typer.Option("--time-budget", metavar="DURATION", help="Checkpoint and exit with code 4 after this long."),
     ] = None,
+    waive: WaiveOption = None,
+    reason: ReasonOption = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
     """Patch one cluster: check, recover, trigger, watch, wait, dry-run, recover, verify, report.
 
     Every step is journalled in PostgreSQL before and after it takes effect. The run may be killed at any instruction:
-    the same command takes it up where it was, and the service update is applied once. Ctrl-C and SIGTERM stop it at
-    the next checkpoint, with exit code 4. One run per cluster: a second one exits at once with code 6.
+    the same command takes it up where it was, and the operation is started once. Ctrl-C and SIGTERM stop it at the
+    next checkpoint, with exit code 4. One run per cluster: a second one exits at once with code 6. `patchpilot stop`,
+    `pause`, `resume` and `approve` reach it from any host.
     """
     settings = read_settings(config)
-    pause = settings.runbook
-    overrides = {
-        "grace": duration(grace, pause.grace, "--grace"),
-        "time_budget": duration(time_budget, timedelta(), "--time-budget") if time_budget else pause.time_budget,
-    }
-    settings = settings.model_copy(update={"runbook": pause.model_copy(update=overrides)})
     settings.cluster(cluster)
+    waivers = read_waivers(waive, reason)
+    waits = {
+        name: duration(text, timedelta(), f"--{name.replace('_', '-')}")
+        for name, text in (("grace", grace), ("time_budget", time_budget))
+        if text is not None
+    }
+    asked = {
+        "operation": operation, "update": update, "engine": engine, "engine_version": engine_version,
+        "parameter_group": parameter_group, "node_type": node_type, "plan": plan, "approve_before": approve_before,
+    }  # fmt: skip
+    settle(asked, None, begun=False)  # what does not fit together is refused before anything is touched
     with Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database, _signals() as stop:
-        return _Pilot(settings, cluster, database, output).fly(update, stop)
+        planned = _planned(database, settings.environment, cluster, plan) if plan else {}
+        if planned and grace is None:
+            waits["grace"] = timedelta(seconds=planned["grace"])
+        changed = settings.model_copy(update={"runbook": settings.runbook.model_copy(update=waits)})
+        given = {name: value for name, value in asked.items() if value is not None}
+        return _Pilot(changed, cluster, database, output, waivers).fly({**aim_of(planned), **given}, stop)
+
+
+def _planned(database: Database, environment: str, cluster: str, plan: str) -> dict[str, Any]:
+    """The plan with this digest: a digest that nobody knows is refused before a run is made for it."""
+    found = requests.plan(database, environment, cluster, plan)
+    if found is None:
+        raise Usage(f"there is no plan {plan} for cluster {cluster!r}: make one with `patchpilot plan`")
+    return found
 
 
 class _Pilot:
     """One invocation of the run command."""
 
-    def __init__(self, settings: Settings, cluster: str, database: Database, output: Output) -> None:
+    def __init__(
+        self, settings: Settings, cluster: str, database: Database, output: Output, waivers: Mapping[str, str]
+    ) -> None:
         self._settings = settings
+        self._waivers = waivers
         self._cluster = cluster
         self._database = database
         self._output = output
 
-    def fly(self, update: str | None, stop: threading.Event) -> int:
+    def fly(self, asked: Asked, stop: threading.Event) -> int:
         """Take the run up, or begin one, and drive it. Returns the exit code."""
         settings = self._settings
-        with journals.open_run(self._database, settings.environment, self._cluster) as journal, ExitStack() as stack:
-            resumed = any(entry.kind is Kind.STARTED for entry in journal.entries())
-            say(f"run {journal.run_id} of cluster {self._cluster!r}" + (", taken up again" if resumed else ""))
-            run_ = journals.find_run(self._database, journal.run_id)
-            files = report.Files(journal, run_, settings.reports)
-            plan = phases.runbook(self._desk(stack, journal.run_id, files, update))
-            runner = Runner(plan, journal, SYSTEM, stop=stop, budget=settings.runbook.time_budget, notify=_Narrator())
+        with (
+            journals.open_run(self._database, settings.environment, self._cluster) as journal,
+            Outfit(settings, self._cluster, self._database, self._waivers) as outfit,
+        ):
+            order = self._order(asked, journal)
+            files = report.Files(journal, journals.find_run(self._database, journal.run_id), settings.reports)
+            runner = Runner(
+                phases.runbook(outfit.desk(order, files, journal.run_id)), journal, SYSTEM, stop=stop,
+                budget=settings.runbook.time_budget, notify=_Narrator(), order=order.note(),
+                hold=lambda: hold(requests.requests(self._database, journal.run_id)),
+            )  # fmt: skip
             try:
                 record = runner.run()
             except PatchpilotError as error:
                 self._stopped(journal.run_id, files, error)
                 raise
-            facts = record.facts()
-            paths = next((fact for fact in reversed(facts.values()) if "markdown" in fact), {})
-            self._done(journal.run_id, dict(paths))
-            return int(Exit.DONE)
+            return self._ended(journal.run_id, record)
 
-    def _desk(self, stack: ExitStack, run_id: str, files: report.Files, update: str | None) -> Desk:
-        settings = self._settings
-        cluster = settings.cluster(self._cluster)
-        is_broker = cluster.role == "broker"
-        recovery = (
-            stack.enter_context(Recovery(site(settings, self._cluster), complain=complain)) if is_broker else None
-        )
-        cloud = elasticache.connect(settings.aws, cluster.region, session_name=f"patchpilot-{run_id}")
-        return Desk(
-            cluster=self._cluster,
-            group=cluster.replication_group,
-            role=cluster.role,
-            cloud=stack.enter_context(cloud),
-            nodes=nodes.connect(settings.endpoint(self._cluster)) if is_broker or cluster.endpoint else None,
-            recovery=recovery,
-            reports=files,
-            schema=lambda: journals.outdated(self._database),
-            runbook=settings.runbook,
-            window=Window(settings.recovery.min_age, settings.recovery.max_age),
-            update=update,
-        )
+    def _order(self, asked: Asked, journal: RunJournal) -> Order:
+        """What the run is about, and that it is one that was begun before."""
+        record = RunRecord.of(journal.entries())
+        begun = any(not attempt.refused for attempt in record.step("trigger").attempts)
+        begun = begun or record.step("trigger").reached is not None
+        order = settle(asked, record.order if record.started else None, begun=begun)
+        again = ", taken up again" if record.started else ""
+        say(f"run {journal.run_id} of cluster {self._cluster!r}: {order.title}{again}")
+        return order
 
-    def _done(self, run_id: str, paths: dict[str, Any]) -> None:
+    def _ended(self, run_id: str, record: RunRecord) -> int:
+        """Say how it ended, and where the report is."""
+        end = record.finished.data if record.finished else {}
+        outcome = str(end.get("outcome", "done"))
+        paths = next((fact for fact in reversed(record.facts().values()) if "markdown" in fact), {})
         found = {key: paths[key] for key in ("json", "markdown") if key in paths}
+        why = end.get("why") or (record.facts().get("watch", {}).get("abort") or {}).get("why")
         if self._output is Output.JSON:
-            emit_json({"run_id": run_id, "outcome": "done", "report": found})
-            return
-        say("done")
-        for path in found.values():
-            emit(path)
+            emit_json({"run_id": run_id, "outcome": outcome, "report": found, **({"why": mask(why)} if why else {})})
+        else:
+            say(f"{outcome}: {mask(why)}" if why else outcome)
+            for path in found.values():
+                emit(path)
+        return int(Exit.ABORTED if outcome == "aborted" else Exit.DONE)
 
     def _stopped(self, run_id: str, files: report.Files, error: PatchpilotError) -> None:
         """Say how it stands. What is known so far makes a report as well, unless somebody else goes on with the run."""
@@ -141,11 +183,12 @@ class _Narrator:
     """Tells a person what happens: a line when something changes, none while nothing does."""
 
     def __init__(self) -> None:
-        self._last = ("", "", "")
+        self._last: tuple[str, ...] = ()
 
     def __call__(self, progress: Progress) -> None:
-        line = (progress.phase, progress.step, progress.message)
-        if progress.kind == "reached" or line == self._last or not progress.message:
+        # What begins and what is done about it may have the same words: the mark tells them apart.
+        line = (progress.phase, progress.step, progress.kind, progress.message)
+        if line == self._last or not progress.message:
             return
         self._last = line
         where = f"{progress.phase}/{progress.step}" if progress.step else progress.phase

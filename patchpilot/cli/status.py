@@ -17,8 +17,11 @@ from patchpilot.cli.console import (
     read_settings,
     say,
 )
+from patchpilot.engine.journal import RunRecord, State
+from patchpilot.engine.requests import Request, approval
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import Run, entries, find_run, runs
+from patchpilot.postgres.requests import requests
 
 
 def status(
@@ -29,8 +32,8 @@ def status(
 ) -> None:
     """Which runs there are, where they stand, and who holds them.
 
-    A run is "running" while a live process holds it. "interrupted", "paused" and "contradicted" runs go on with the
-    same `patchpilot run` command that began them.
+    A run is "running" while a live process holds it, or "paused" if it was told to pause. "interrupted", "paused" and
+    "contradicted" runs without a holder go on with the same `patchpilot run` command that began them.
     """
     settings = read_settings(config)
     with Database(settings.postgres_dsn()) as database:
@@ -56,13 +59,28 @@ def status(
 
 def _show_run(database: Database, run: Run, output: Output) -> None:
     journal = entries(database, run.id)
+    asked = requests(database, run.id)
     if output is Output.JSON:
-        emit_json({**_as_data(run), "entries": [_entry(entry) for entry in journal]})
+        told = [_entry(entry) for entry in journal]
+        emit_json({**_as_data(run), "entries": told, "requests": [_request(request) for request in asked]})
         return
     emit(f"{run.id}  {run.cluster}  {run.state}  {_holder(run)}")
     for entry in journal:
         where = f"{entry.phase}/{entry.step}" if entry.step else ""
         emit(f"{entry.at:%H:%M:%S}  {entry.kind:12}  {where:28}  {entry.data.get('why', '')}".rstrip())
+    for request in asked:
+        emit(f"{request.at:%H:%M:%S}  {request}")
+    waiting = RunRecord.of(journal).step("approve")
+    pending = waiting.seen.get("digest") if waiting.state is State.LOOKING else None
+    if pending and not approval(asked, pending):
+        emit(f"waits for the approval of plan {pending}: {waiting.seen['proposal']['what']}")
+
+
+def _request(request: Request) -> dict[str, Any]:
+    return {
+        "ask": str(request.ask), "by": request.by, "at": request.at.isoformat(), "reason": request.reason,
+        "digest": request.digest,
+    }  # fmt: skip
 
 
 def _entry(entry: Any) -> dict[str, Any]:

@@ -1,61 +1,42 @@
-"""The calls that patchpilot makes, and how it reaches AWS."""
+"""The calls that patchpilot makes of ElastiCache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-import boto3
-import botocore.session
-from botocore.config import Config
-from botocore.exceptions import ClientError
-
-from patchpilot import __version__
-from patchpilot.elasticache.facts import Application, Event, Group, Node, ServiceUpdate, Unprocessed, UpdateAction
-from patchpilot.elasticache.faults import EXPIRED, code_of, translated
-from patchpilot.errors import Corrupt
+from patchpilot.elasticache.calls import Calls, clients
+from patchpilot.elasticache.facts import (
+    IN_FLIGHT,
+    Application,
+    Event,
+    Group,
+    Modification,
+    Node,
+    ServiceUpdate,
+    Snapshot,
+    Unprocessed,
+    UpdateAction,
+)
+from patchpilot.errors import Corrupt, Transient
 from patchpilot.settings import Aws
 
 if TYPE_CHECKING:
     from mypy_boto3_elasticache import ElastiCacheClient
 
-T = TypeVar("T")
-
-CONNECT_TIMEOUT = 5
-READ_TIMEOUT = 20
-"""Seconds. botocore's own defaults of 60 each would make one look longer than the lease on the run lasts."""
-
 EVENTS_KEPT = timedelta(days=14)
 """How far back AWS documents that DescribeEvents reaches."""
 
 _PAGE = 100
+_PAGE_OF_SNAPSHOTS = 50
+"""What AWS allows at most."""
+
+_EVENTS_MARGIN = timedelta(minutes=1)
 
 
-class ElastiCache:
-    """The ElastiCache API of one account and region.
-
-    Every method raises :class:`~patchpilot.errors.Transient` when AWS cannot be reached or throttles, and
-    :class:`~patchpilot.errors.NeedsOperator` when a person has to change something first.
-
-    :param fresh: makes a client, from credentials read anew; with true, one whose calls are never repeated.
-    """
-
-    def __init__(self, fresh: Callable[[bool], ElastiCacheClient]) -> None:
-        self._fresh = fresh
-        self._clients: dict[bool, ElastiCacheClient] = {}
-
-    def close(self) -> None:
-        """Close all connections; the next call opens new ones."""
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class ElastiCache(Calls["ElastiCacheClient"]):
+    """The ElastiCache API of one account and region. Errors as for :class:`~patchpilot.elasticache.calls.Calls`."""
 
     def service_updates(self) -> tuple[ServiceUpdate, ...]:
         """All service updates, whatever became of them: one that was applied may be cancelled or expired since."""
@@ -70,6 +51,11 @@ class ElastiCache:
             "describe_update_actions", "UpdateActions", ReplicationGroupIds=[group], ShowNodeLevelUpdateStatus=True
         )
         return tuple(UpdateAction.of(row) for row in rows if row.get("ReplicationGroupId") == group)
+
+    def in_flight(self) -> tuple[UpdateAction, ...]:
+        """The update actions that are under way in this region, of whatever group or cluster."""
+        rows = self._pages("describe_update_actions", "UpdateActions", UpdateActionStatus=sorted(map(str, IN_FLIGHT)))
+        return tuple(UpdateAction.of(row) for row in rows)
 
     def group(self, group: str) -> Group:
         """Replication group ``group``."""
@@ -87,15 +73,41 @@ class ElastiCache:
         ]
         return tuple(Node.of(row) for row in rows)
 
+    def parameters(self, parameter_group: str) -> Mapping[str, str]:
+        """The parameters of a parameter group and their values; those without a value are left out."""
+        rows = self._pages("describe_cache_parameters", "Parameters", CacheParameterGroupName=parameter_group)
+        return {row["ParameterName"]: row["ParameterValue"] for row in rows if row.get("ParameterValue")}
+
+    def snapshots(self, group: str) -> tuple[Snapshot, ...]:
+        """The snapshots of replication group ``group``: those that AWS took, those by hand, and those under way."""
+        rows = self._pages("describe_snapshots", "Snapshots", ReplicationGroupId=group)
+        return tuple(Snapshot.of(row) for row in rows)
+
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]:
         """The events of ``sources`` (a replication group and its nodes), oldest first, each once.
 
         AWS publishes no bound on how late an event appears: ask for overlapping windows. Windows that begin more than
         14 days ago are cut, because AWS keeps no events for longer.
         """
-        begin = max(since, until - EVENTS_KEPT + timedelta(minutes=1))
+        begin = max(since, until - EVENTS_KEPT + _EVENTS_MARGIN)
         rows = self._pages("describe_events", "Events", StartTime=begin, EndTime=until)
         return tuple(sorted({Event.of(row) for row in rows if row.get("SourceIdentifier") in sources}))
+
+    def history(self, group: Group, until: datetime) -> tuple[Event, ...]:
+        """All events that AWS still has of ``group`` and its nodes, oldest first, each once.
+
+        Asked for source by source: two weeks of everybody's events are many pages.
+        """
+        begin = until - EVENTS_KEPT + _EVENTS_MARGIN
+        sources = [("replication-group", group.id), *(("cache-cluster", member.node) for member in group.members)]
+        rows = [
+            row
+            for kind, name in sources
+            for row in self._pages(
+                "describe_events", "Events", SourceType=kind, SourceIdentifier=name, StartTime=begin, EndTime=until
+            )
+        ]
+        return tuple(sorted({Event.of(row) for row in rows}))
 
     def apply(self, update: str, group: str) -> Application:
         """Start ``update`` on replication group ``group``: one request, never repeated by the SDK.
@@ -103,17 +115,80 @@ class ElastiCache:
         There is no idempotency token and AWS does not say what a second request does.
 
         :raises Transient: it may have taken effect or not.
+        :raises Throttled: it did not.
         """
-        answer = self._call(
+        return self._batch(
             "BatchApplyUpdateAction",
             lambda client: client.batch_apply_update_action(ServiceUpdateName=update, ReplicationGroupIds=[group]),
+            group,
+        )
+
+    def stop(self, update: str, group: str) -> Application:
+        """Stop ``update`` on replication group ``group``: nodes in progress are finished, nothing is rolled back.
+
+        Errors as for :meth:`apply`.
+        """
+        return self._batch(
+            "BatchStopUpdateAction",
+            lambda client: client.batch_stop_update_action(ServiceUpdateName=update, ReplicationGroupIds=[group]),
+            group,
+        )
+
+    def modify(self, group: str, change: Modification) -> Application:
+        """Change replication group ``group`` at once: one request, never repeated by the SDK.
+
+        ``ApplyImmediately`` applies every other modification that is pending as well: see first that there is none.
+
+        Errors as for :meth:`apply`.
+
+        :raises Corrupt: nothing is to be changed; such a request would only apply what is pending.
+        """
+        words = {
+            "Engine": change.engine,
+            "EngineVersion": change.engine_version,
+            "CacheParameterGroupName": change.parameter_group,
+            "CacheNodeType": change.node_type,
+        }
+        asked: dict[str, Any] = {name: value for name, value in words.items() if value}
+        if not asked:
+            raise Corrupt(f"asked to modify {group} without a change")
+        answer = self._call(
+            "ModifyReplicationGroup",
+            lambda client: client.modify_replication_group(ReplicationGroupId=group, ApplyImmediately=True, **asked),
             once=True,
         )
-        refused = [row for row in answer.get("UnprocessedUpdateActions", ()) if row.get("ReplicationGroupId") == group]
-        started = [row for row in answer.get("ProcessedUpdateActions", ()) if row.get("ReplicationGroupId") == group]
-        if refused and not started:
-            return Application(None, Unprocessed(refused[0].get("ErrorType", ""), refused[0].get("ErrorMessage", "")))
-        return Application(started[0].get("UpdateActionStatus", "") if started else None)
+        return Application(answer.get("ReplicationGroup", {}).get("Status", ""))
+
+    def test_failover(self, group: str, node_group: str) -> Application:
+        """Fail the primary of ``node_group`` over, as AWS does in a rotation: one request. Errors as for :meth:`apply`.
+
+        AWS allows 15 node groups in 24 hours, and throttles after that.
+        """
+        answer = self._call(
+            "TestFailover",
+            lambda client: client.test_failover(ReplicationGroupId=group, NodeGroupId=node_group),
+            once=True,
+        )
+        return Application(answer.get("ReplicationGroup", {}).get("Status", ""))
+
+    def node_types(self, group: str) -> tuple[str, ...]:
+        """The node types that ``group`` may be given, larger and smaller ones."""
+        answer = self._call(
+            "ListAllowedNodeTypeModifications",
+            lambda client: client.list_allowed_node_type_modifications(ReplicationGroupId=group),
+        )
+        return tuple(sorted({*answer.get("ScaleUpModifications", ()), *answer.get("ScaleDownModifications", ())}))
+
+    def _batch(self, action: str, ask: Callable[[ElastiCacheClient], Any], group: str) -> Application:
+        """The part of the answer that is about ``group``; both lists may hold something at once."""
+        answer = self._call(action, ask, once=True)
+        for row in answer.get("ProcessedUpdateActions", ()):
+            if row.get("ReplicationGroupId") == group:
+                return Application(row.get("UpdateActionStatus", ""))
+        for row in answer.get("UnprocessedUpdateActions", ()):
+            if row.get("ReplicationGroupId") == group:
+                return Application(None, Unprocessed(row.get("ErrorType", ""), row.get("ErrorMessage", "")))
+        raise Transient(f"{action}: the answer does not mention {group}")
 
     def _pages(
         self,
@@ -122,6 +197,8 @@ class ElastiCache:
             "describe_update_actions",
             "describe_replication_groups",
             "describe_cache_clusters",
+            "describe_cache_parameters",
+            "describe_snapshots",
             "describe_events",
         ],
         key: str,
@@ -130,60 +207,14 @@ class ElastiCache:
         """All pages of an answer in one list."""
 
         def ask(client: ElastiCacheClient) -> list[Any]:
-            pages: Any = client.get_paginator(operation).paginate(PaginationConfig={"PageSize": _PAGE}, **params)
+            size = _PAGE_OF_SNAPSHOTS if operation == "describe_snapshots" else _PAGE
+            pages: Any = client.get_paginator(operation).paginate(PaginationConfig={"PageSize": size}, **params)
             return [row for page in pages for row in page.get(key, ())]
 
         return self._call("".join(word.capitalize() for word in operation.split("_")), ask)
 
-    def _call(self, action: str, ask: Callable[[ElastiCacheClient], T], *, once: bool = False) -> T:
-        with translated(action, self._region):
-            try:
-                return ask(self._client(once))
-            except ClientError as error:
-                if code_of(error) not in EXPIRED:
-                    raise
-            # Whoever renews credentials in a file or a cache does so without telling us. AWS did nothing: ask again.
-            self.close()
-            return ask(self._client(once))
-
-    def _region(self) -> str | None:
-        return next((client.meta.region_name for client in self._clients.values()), None)
-
-    def _client(self, once: bool) -> ElastiCacheClient:
-        if once not in self._clients:
-            self._clients[once] = self._fresh(once)
-        return self._clients[once]
-
 
 def connect(aws: Aws, region: str | None = None, *, session_name: str = "patchpilot") -> ElastiCache:
-    """Reach ElastiCache as ``aws`` says. Nothing is asked yet.
-
-    :param region: the cluster's own region, if it has one; else ``aws.region``, else boto3's own rules.
-    :param session_name: what CloudTrail shows when a profile assumes a role: ``patchpilot-<run id>``.
-    """
-
-    def fresh(once: bool) -> ElastiCacheClient:
-        return session(aws, session_name).client(
-            "elasticache",
-            region_name=region or aws.region,
-            endpoint_url=aws.endpoint_url,
-            config=Config(
-                connect_timeout=CONNECT_TIMEOUT,
-                read_timeout=READ_TIMEOUT,
-                retries={"mode": "standard", "total_max_attempts": 1 if once else 3},
-                user_agent_extra=f"patchpilot/{__version__}",
-            ),
-        )
-
-    return ElastiCache(fresh)
-
-
-def session(aws: Aws, session_name: str) -> boto3.Session:
-    """Credentials as ``aws`` says, read anew. Roles are assumed as ``session_name``, of which 64 characters count."""
-    core = botocore.session.Session(profile=aws.profile)
-    if aws.credentials_file:
-        core.set_config_variable("credentials_file", str(aws.credentials_file))
-    for profile in core.full_config.get("profiles", {}).values():
-        if "role_arn" in profile:
-            profile.setdefault("role_session_name", session_name[:64])
-    return boto3.Session(botocore_session=core)
+    """Reach ElastiCache as ``aws`` says. Nothing is asked yet. Parameters as for
+    :func:`~patchpilot.elasticache.calls.clients`."""
+    return ElastiCache(clients("elasticache", aws, region, session_name))

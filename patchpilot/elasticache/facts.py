@@ -168,6 +168,7 @@ class Group:
     members: tuple[Member, ...] = ()
     node_groups: tuple[str, ...] = ()
     """The status of each node group (shard)."""
+    node_group_ids: tuple[str, ...] = ()
     automatic_failover: str = ""
     multi_az: str = ""
     cluster_enabled: bool | None = None
@@ -175,7 +176,12 @@ class Group:
     """The names of the modifications that wait to be applied."""
     global_datastore: str = ""
     engine: str = ""
+    node_type: str = ""
     effective_durability: str = ""
+    snapshot_window: str = ""
+    """Daily, in UTC: ``05:00-06:00``."""
+    endpoint: tuple[str, int] | None = None
+    """Host and port of the primary endpoint, which leads to whichever node is the primary."""
 
     @classmethod
     def of(cls, row: Row) -> Group:
@@ -188,13 +194,17 @@ class Group:
                 for member in node_group.get("NodeGroupMembers", ())
             ),
             node_groups=tuple(node_group.get("Status", "") for node_group in row.get("NodeGroups", ())),
+            node_group_ids=tuple(node_group.get("NodeGroupId", "") for node_group in row.get("NodeGroups", ())),
             automatic_failover=row.get("AutomaticFailover", ""),
             multi_az=row.get("MultiAZ", ""),
             cluster_enabled=row.get("ClusterEnabled"),
             pending=_pending(row),
             global_datastore=row.get("GlobalReplicationGroupInfo", {}).get("GlobalReplicationGroupId", ""),
             engine=row.get("Engine", ""),
+            node_type=row.get("CacheNodeType", ""),
             effective_durability=row.get("EffectiveDurability", ""),
+            snapshot_window=row.get("SnapshotWindow", ""),
+            endpoint=_primary_endpoint(row),
         )
 
     @property
@@ -217,15 +227,49 @@ class Node:
     engine_version: str = ""
     pending: tuple[str, ...] = ()
     maintenance_window: str = ""
+    """Weekly, in UTC: ``sun:23:00-mon:01:30``."""
+    parameter_group: str = ""
+    parameters_applied: str = ""
+    """``in-sync`` once the node has all the values of its parameter group."""
+    engine: str = ""
+    node_type: str = ""
 
     @classmethod
     def of(cls, row: Row) -> Node:
+        parameters = row.get("CacheParameterGroup", {})
         return cls(
             node=row.get("CacheClusterId", ""),
             status=row.get("CacheClusterStatus", ""),
             engine_version=row.get("EngineVersion", ""),
             pending=_pending(row),
             maintenance_window=row.get("PreferredMaintenanceWindow", ""),
+            parameter_group=parameters.get("CacheParameterGroupName", ""),
+            parameters_applied=parameters.get("ParameterApplyStatus", ""),
+            engine=row.get("Engine", ""),
+            node_type=row.get("CacheNodeType", ""),
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One snapshot of a replication group."""
+
+    name: str
+    status: str
+    """``creating`` while it is taken; ``available`` afterwards."""
+    source: str = ""
+    """``automated`` or ``manual``."""
+    taken: datetime | None = None
+    """The moment whose data the last of its nodes' snapshots holds."""
+
+    @classmethod
+    def of(cls, row: Row) -> Snapshot:
+        moments = [node.get("SnapshotCreateTime") for node in row.get("NodeSnapshots", ())]
+        return cls(
+            name=row.get("SnapshotName", ""),
+            status=row.get("SnapshotStatus", ""),
+            source=row.get("SnapshotSource", ""),
+            taken=_utc(max(filter(None, moments), default=None)),
         )
 
 
@@ -258,12 +302,28 @@ class Unprocessed:
 
 
 @dataclass(frozen=True)
+class Modification:
+    """What to change of a group, in the words of ModifyReplicationGroup; empty is left as it is."""
+
+    engine: str = ""
+    engine_version: str = ""
+    parameter_group: str = ""
+    node_type: str = ""
+
+
+@dataclass(frozen=True)
 class Application:
-    """What BatchApplyUpdateAction answered for one group. It answers 200 also when it did nothing."""
+    """What a request to change a group, or BatchStopUpdateAction, answered. Batch* answer 200 also when they did
+    nothing."""
 
     status: str | None
-    """The status of the update action if the request was processed."""
+    """The status of the update action, or of the group, if the request was processed."""
     unprocessed: Unprocessed | None = None
+
+
+def _primary_endpoint(row: Row) -> tuple[str, int] | None:
+    found = [group["PrimaryEndpoint"] for group in row.get("NodeGroups", ()) if group.get("PrimaryEndpoint")]
+    return (found[0].get("Address", ""), found[0].get("Port", 0)) if len(found) == 1 else None
 
 
 def _member(row: Row) -> Member:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from botocore import exceptions as boto
 from botocore.session import get_session
 
-from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
+from patchpilot.errors import NeedsOperator, PatchpilotError, Refused, Throttled, Transient
 
 # botocore's own list (botocore.retries.standard) and the one that ElastiCache alone uses and the SDK does not retry.
 _THROTTLED = frozenset({
@@ -22,6 +22,8 @@ _THROTTLED = frozenset({
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 """The credentials were good once; fresh ones may lie where these came from."""
 
+_DENIED = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"})
+
 _ADVICE = {
     **dict.fromkeys(EXPIRED, "the AWS credentials have expired: renew them, then run the same command again"),
     **dict.fromkeys(
@@ -32,10 +34,6 @@ _ADVICE = {
     **dict.fromkeys(
         ("SignatureDoesNotMatch", "RequestExpired"),
         "AWS does not accept the signature: check the secret key, and this machine's clock",
-    ),
-    **dict.fromkeys(
-        ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation"),
-        "AWS denies access: give this role the permission named here",
     ),
     "ReplicationGroupNotFoundFault": (
         "there is no such replication group in this region and account: check replication_group and aws.region"
@@ -52,19 +50,26 @@ _UNREACHABLE = (
 )
 
 
+_UNRENEWED = (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.SSOError)
+
+
 @contextmanager
-def translated(action: str, region: Callable[[], str | None]) -> Iterator[None]:
+def translated(action: str, region: Callable[[], str | None], *, renewable: bool = False) -> Iterator[None]:
     """Raise our errors in place of botocore's.
 
     :param action: what was asked, for the message: the name of the API call.
     :param region: where; an unreachable endpoint in a region that nobody knows is a spelling mistake.
-    :raises Transient: throttled, unreachable, or failing on AWS's side.
+    :param renewable: whether these credentials have been accepted before. Whoever renewed them until now will do so
+        again, a little late: wait for it.
+    :raises Throttled: AWS did nothing, because we ask too often.
+    :raises Transient: unreachable, failing on AWS's side, or waiting for credentials.
+    :raises Refused: AWS refuses this one request, for want of a permission or because of what it asks.
     :raises NeedsOperator: everything else; the line says what to do.
     """
     try:
         yield
     except boto.ClientError as error:
-        raise _client_error(action, error) from error
+        raise _client_error(action, error, renewable=renewable) from error
     except boto.EndpointConnectionError as error:
         # With an endpoint of the user's own the region may have any name.
         if ".amazonaws." in str(error) and _is_unknown(region()):
@@ -76,7 +81,9 @@ def translated(action: str, region: Callable[[], str | None]) -> Iterator[None]:
         raise NeedsOperator("no AWS region: set aws.region, or AWS_REGION in the environment") from error
     except boto.ProfileNotFound as error:
         raise NeedsOperator(f"{_line(error)}: check aws.profile and aws.credentials_file") from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
+    except (boto.NoCredentialsError, boto.PartialCredentialsError, *_UNRENEWED) as error:
+        if renewable:
+            raise Transient(f"{action}: waiting for AWS credentials to be renewed ({_line(error)})") from error
         raise NeedsOperator(
             f"no complete AWS credentials ({_line(error)}): set aws.profile or aws.credentials_file, or log in"
         ) from error
@@ -89,16 +96,20 @@ def code_of(error: boto.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _client_error(action: str, error: boto.ClientError) -> PatchpilotError:
+def _client_error(action: str, error: boto.ClientError, *, renewable: bool) -> PatchpilotError:
     code, status = code_of(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     said = f"{action}: {code}: {error.response.get('Error', {}).get('Message', '')}".replace("\n", " ").strip()
     if code in _THROTTLED:
-        return Transient(f"AWS is throttling us ({said})")
+        return Throttled(f"AWS is throttling us ({said})")
+    if code in _DENIED:
+        return Refused(f"AWS denies access: give this role the permission named here ({said})")
+    if code in EXPIRED and renewable:
+        return Transient(f"waiting for AWS credentials to be renewed ({said})")
     if code in _ADVICE:
         return NeedsOperator(f"{_ADVICE[code]} ({said})")
     if status >= 500:
         return Transient(f"AWS has trouble of its own ({said})")
-    return NeedsOperator(f"AWS refuses ({said})")
+    return Refused(f"AWS refuses ({said})")
 
 
 def _is_unknown(region: str | None) -> bool:

@@ -97,6 +97,22 @@ def plain(data: Data) -> Data:
     return content
 
 
+class RunState(StrEnum):
+    """Where a run is, as far as the journal knows."""
+
+    NEW = "new"
+    UNDER_WAY = "under way"
+    OVER = "over"
+
+
+RUN_TRANSITIONS: dict[tuple[RunState, Kind], RunState] = {
+    (RunState.NEW, Kind.STARTED): RunState.UNDER_WAY,
+    (RunState.UNDER_WAY, Kind.RESUMED): RunState.UNDER_WAY,  # by a new process, or by this one after a pause
+    (RunState.UNDER_WAY, Kind.FINISHED): RunState.OVER,
+}
+"""What may follow what, for the run as a whole. Steps are taken while it is under way, and nothing follows its end."""
+
+
 class State(StrEnum):
     """Where a step is, as far as the journal knows."""
 
@@ -175,6 +191,7 @@ class StepRecord:
 class RunRecord:
     """What the journal knows of a run: the fold over its entries."""
 
+    state: RunState = RunState.NEW
     steps: dict[str, StepRecord] = field(default_factory=dict)
     started: Entry | None = None
     resumed: Entry | None = None
@@ -200,11 +217,25 @@ class RunRecord:
         """The facts of all steps that reached their goal."""
         return {name: step.reached.data for name, step in self.steps.items() if step.reached}
 
+    @property
+    def order(self) -> Data:
+        """What the run was last asked to do; empty if nobody wrote it down."""
+        last = self.resumed or self.started
+        return dict(last.data.get("order", {})) if last else {}
+
     def add(self, entry: Entry) -> None:
         """Take one more entry into account.
 
         :raises Corrupt: if it cannot follow what came before.
         """
+        of_run = entry.kind in {kind for _, kind in RUN_TRANSITIONS}
+        state = RUN_TRANSITIONS.get((self.state, entry.kind)) if of_run else self.state
+        if state is None or (self.state is not RunState.UNDER_WAY and not of_run):
+            raise Corrupt(
+                f"entry {entry.seq} of the journal ({entry.kind}) cannot follow: the run is {self.state}. "
+                "The journal was changed by somebody else"
+            )
+        self.state = state
         match entry.kind:
             case Kind.STARTED:
                 self.started = entry

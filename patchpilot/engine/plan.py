@@ -10,7 +10,7 @@ It must hold to one rule, which is what makes a resumed run and a first run the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -36,9 +36,13 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True)
 class Reached:
-    """The goal is reached. ``fact`` goes into the journal and is what later steps and the report see."""
+    """The goal is reached. ``fact`` goes into the journal and is what later steps and the report see.
+
+    :param say: one short line for a person, if how it was reached is worth one.
+    """
 
     fact: Data = field(default_factory=dict)
+    say: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,10 +118,13 @@ class Step(ABC):
     title: str
     effect: Effect = Effect.READ
     volatile: bool = False
-    """A volatile fact goes stale: a resumed run establishes it anew, until an OBSERVABLE step has come after it."""
+    """A volatile fact goes stale: a resumed run establishes it anew, and so does one that has waited for longer than
+    :attr:`Plan.fresh`, until an OBSERVABLE step has come after it."""
 
     def intend(self, view: View) -> Data:
         """The baseline, journalled before anything else: what the world looked like before this step.
+
+        ``view.intent`` is the one before, if there was one.
 
         :raises Transient: when the world could not be read; the runner tries again.
         """
@@ -156,6 +163,10 @@ class Plan:
     phases: tuple[Phase, ...]
     poll: timedelta = timedelta(seconds=15)
     """How often to look again while nothing says otherwise."""
+    fresh: timedelta = timedelta(minutes=15)
+    """How old a volatile fact may be when an OBSERVABLE step acts on its word."""
+    outcome: Callable[[Mapping[str, Data]], str] = lambda _: "done"
+    """What to call the end of a run that reached every goal, from its facts."""
 
     def __post_init__(self) -> None:
         names = [step.name for _, step in self.steps()]

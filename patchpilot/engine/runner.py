@@ -11,8 +11,10 @@ The loop holds to four rules.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -20,7 +22,7 @@ from typing import TypeVar
 from patchpilot.clock import Clock
 from patchpilot.engine.journal import Journal, Kind, RunRecord, plain
 from patchpilot.engine.plan import Contradicted, Data, Effect, NotYet, Observation, Phase, Plan, Reached, Step, View
-from patchpilot.errors import LeaseLost, NothingToDo, PatchpilotError, ResumeLater, Transient
+from patchpilot.errors import Aborted, LeaseLost, NothingToDo, PatchpilotError, ResumeLater, Transient
 
 T = TypeVar("T")
 
@@ -33,6 +35,18 @@ PATIENCE = timedelta(minutes=10)
 FIRST_PAUSE = timedelta(seconds=1)
 LONGEST_PAUSE = timedelta(seconds=30)
 """Pauses between looks at a world that cannot be read: 1 s, 2 s, 4 s ... 30 s."""
+
+
+OUTCOMES: dict[type[PatchpilotError], str] = {NothingToDo: "nothing-to-do", Aborted: "aborted"}
+"""The errors that end a run for good, and the outcome that goes on record. All others leave it resumable."""
+
+
+_PASSED_ON: tuple[type[PatchpilotError], ...] = (LeaseLost, ResumeLater, Transient, *OUTCOMES)
+"""The errors that are no contradiction of a step."""
+
+
+class _Again(Exception):
+    """Begin again with the first step whose fact does not stand: the world has had time to change."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,9 @@ class Runner:
     :param stop: set it to make the run checkpoint and stop: from a signal handler, for example.
     :param budget: stop at a checkpoint after this long; without it the run takes as long as it takes.
     :param notify: called with every :class:`Progress`; must not raise.
+    :param order: what the run was asked to do. Journalled when it starts and each time it is taken up; the engine
+        makes nothing of it.
+    :param hold: asked at every checkpoint: why the run has to stay there for now, or None to go on.
     """
 
     def __init__(
@@ -62,6 +79,8 @@ class Runner:
         stop: threading.Event | None = None,
         budget: timedelta | None = None,
         notify: Callable[[Progress], None] = lambda _: None,
+        order: Data | None = None,
+        hold: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._plan = plan
         self._journal = journal
@@ -69,6 +88,8 @@ class Runner:
         self._stop = stop or threading.Event()
         self._ends = clock.monotonic() + budget.total_seconds() if budget is not None else None
         self._notify = notify
+        self._order: Data = {"order": dict(order)} if order else {}
+        self._hold = hold
         self._record = RunRecord()
         self._here: set[str] = set()  # the steps whose goal was reached in this process
 
@@ -84,34 +105,50 @@ class Runner:
             return self._record
         self._open()
         try:
-            for phase, step in self._plan.steps():
-                if not self._holds(step):
-                    self._drive(phase, step)
-        except NothingToDo as reason:
-            self._write(Kind.FINISHED, data={"outcome": "nothing-to-do", "why": str(reason)})
+            while (pair := self._next()) is not None:
+                with suppress(_Again):
+                    self._drive(*pair)
+        except tuple(OUTCOMES) as reason:
+            outcome = next(name for kind, name in OUTCOMES.items() if isinstance(reason, kind))
+            self._write(Kind.FINISHED, data={"outcome": outcome, "why": str(reason)})
             raise
-        self._write(Kind.FINISHED, data={"outcome": "done"})
+        self._write(Kind.FINISHED, data={"outcome": self._plan.outcome(self._record.facts())})
         return self._record
 
     def _open(self) -> None:
         if self._record.started is None:
-            self._write(Kind.STARTED)
+            self._write(Kind.STARTED, data=self._order)
             return
-        phase, step = next((pair for pair in self._plan.steps() if not self._holds(pair[1])), self._plan.steps()[-1])
-        self._write(Kind.RESUMED, phase.name, step.name)
+        phase, step = self._next() or self._plan.steps()[-1]
+        self._write(Kind.RESUMED, phase.name, step.name, self._order)
         self._tell("resumed", phase, step, f"resuming from {phase.name}/{step.name}")
+
+    def _next(self) -> tuple[Phase, Step] | None:
+        """The first step whose fact does not stand."""
+        return next((pair for pair in self._plan.steps() if not self._holds(pair[1])), None)
 
     def _holds(self, step: Step) -> bool:
         """Whether the step's fact stands, so that the step need not run."""
         if self._record.step(step.name).reached is None:
             return False
-        if not step.volatile or step.name in self._here:
-            return True
+        return not step.volatile or step.name in self._here or self._is_history(step)
+
+    def _is_history(self, step: Step) -> bool:
+        """Whether an OBSERVABLE step after this one may have changed the world: looking again would prove nothing."""
         names = [later.name for _, later in self._plan.steps()]
         after = names.index(step.name) + 1
         return any(
             later.effect is Effect.OBSERVABLE and self._touched(later.name) for _, later in self._plan.steps()[after:]
         )
+
+    def _is_premature(self, step: Step) -> bool:
+        """Whether the step is about to change the world on the word of a fact that has had time to go stale."""
+        if step.effect is not Effect.OBSERVABLE or self._touched(step.name):
+            return False
+        earlier = itertools.takewhile(lambda each: each is not step, (each for _, each in self._plan.steps()))
+        volatile = [each for each in earlier if each.volatile and not self._is_history(each)]
+        facts = [self._record.step(each.name).reached for each in volatile]
+        return any(fact is None or self._clock.now() > fact.at + self._plan.fresh for fact in facts)
 
     def _touched(self, name: str) -> bool:
         """Whether the step may have changed the world."""
@@ -125,20 +162,20 @@ class Runner:
             self._tell("step", phase, step, step.title)
             while not self._turn(phase, step):
                 pass
-        except (LeaseLost, NothingToDo, ResumeLater, Transient):
+        except _PASSED_ON:
             raise
         except PatchpilotError as error:
             self._write(Kind.CONTRADICTED, phase.name, step.name, {"why": str(error), "exit": int(error.exit_code)})
             raise
         self._here.add(step.name)
-        self._tell("reached", phase, step)
 
     def _intend(self, phase: Phase, step: Step) -> None:
         """Journal the baseline, unless an earlier process did and it still counts."""
         record = self._record.step(step.name)
         redraw = step.effect is Effect.OBSERVABLE and not self._touched(step.name)
         if record.intent is None or record.reached is not None or redraw:
-            blank = View(self._journal.run_id, self._clock.now(), self._record.facts(), since=self._clock.now())
+            now, before = self._clock.now(), record.intent.data if record.intent else {}
+            blank = View(self._journal.run_id, now, self._record.facts(), since=now, intent=before)
             self._write(Kind.INTENDED, phase.name, step.name, self._patiently(phase, step, lambda: step.intend(blank)))
 
     def _turn(self, phase: Phase, step: Step) -> bool:
@@ -146,14 +183,18 @@ class Runner:
         self._checkpoint(phase, step)
         observation: Observation = self._patiently(phase, step, lambda: step.observe(self._view(step)))
         match observation:
-            case Reached(fact):
+            case Reached(fact, say):
                 self._write(Kind.REACHED, phase.name, step.name, fact)
+                self._tell("reached", phase, step, say)
                 return True
             case Contradicted(error, seen):
                 if seen:
                     self._remember(phase, step, seen)
                 raise error
             case NotYet(act=True) as not_yet:
+                if self._is_premature(step):
+                    self._here.clear()
+                    raise _Again
                 self._remember(phase, step, not_yet.seen)
                 self._act(phase, step)
             case NotYet() as not_yet:
@@ -223,14 +264,31 @@ class Runner:
             self._journal.renew()
 
     def _checkpoint(self, phase: Phase, step: Step) -> None:
-        """A place where the run may stop. Everything known is already in the journal."""
+        """A place where the run may stop, or stay. Everything known is already in the journal."""
         self._journal.renew()
+        self._stop_if_asked(phase, step)
+        if why := self._hold():
+            self._stay(phase, step, why)
+
+    def _stop_if_asked(self, phase: Phase, step: Step) -> None:
         spent = self._ends is not None and self._clock.monotonic() >= self._ends
         if not (self._stop.is_set() or spent):
             return
         why = "asked to stop" if self._stop.is_set() else "the time budget is spent"
         self._write(Kind.PAUSED, phase.name, step.name, {"why": why})
         raise ResumeLater(f"stopped in {phase.name}/{step.name}: {why}; run the same command again to go on")
+
+    def _stay(self, phase: Phase, step: Step, why: str) -> None:
+        """Stay here for as long as that is asked, with the lease; then begin again as a new process would."""
+        self._write(Kind.PAUSED, phase.name, step.name, {"why": why})
+        self._tell("paused", phase, step, why)
+        while self._hold():
+            self._pause(min(self._plan.poll, RENEW_EVERY))
+            self._stop_if_asked(phase, step)
+        self._write(Kind.RESUMED, phase.name, step.name, self._order)
+        self._tell("resumed", phase, step, f"going on in {phase.name}/{step.name}")
+        self._here.clear()
+        raise _Again
 
     def _write(self, kind: Kind, phase: str = "", step: str = "", data: Data | None = None) -> None:
         self._record.add(self._journal.append(kind, phase, step, plain(data or {})))

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from patchpilot.lab import rows
-from patchpilot.lab.world import NODE, ActionKey, Group, UpdateAction, View, World
+from patchpilot.lab import modifications, rows
+from patchpilot.lab.world import AVAILABLE, NODE, ActionKey, Group, UpdateAction, View, World
 
 Params = Mapping[str, Any]
 Answer = dict[str, Any]
 
 _MOST_IDS = 20
 _PAGE = range(20, 101)
+_SNAPSHOT_PAGE = range(20, 51)
+_SNAPSHOT_SOURCES = {"automated": "system", "manual": "user"}
+"""What a snapshot says that it is, and what one asks for."""
 _EVENTS_KEPT = timedelta(days=14)
 _EVENTS_DEFAULT = timedelta(hours=1)
 _SOURCE_TYPES = ("cache-cluster", "replication-group")
@@ -31,12 +34,14 @@ class Fault(Exception):
     """An error answer.
 
     :param code: the error code on the wire, as botocore's model has it.
+    :param status: the HTTP status; by default what the model says.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.status = status
 
 
 class Operator(Protocol):
@@ -48,42 +53,60 @@ class Operator(Protocol):
     def test_failover(self) -> None:
         """Fail over; the group is `modifying` already."""
 
+    def modify(self, target: modifications.Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already."""
+
 
 class Api:
     """The operations.
 
     :param operators: by replication group id; a group without one can be described and not changed.
+    :param most_rows: on one page, however many are asked for.
     """
 
-    def __init__(self, world: World, operators: Mapping[str, Operator]) -> None:
+    def __init__(self, world: World, operators: Mapping[str, Operator], *, most_rows: int | None = None) -> None:
         self._world = world
         self._operators = operators
-        self._operations: dict[str, Callable[[Params], Answer]] = {
+        self._most_rows = most_rows or _PAGE[-1]
+        self._reads: dict[str, Callable[[Params, View], Answer]] = {
             "DescribeReplicationGroups": self._replication_groups,
             "DescribeCacheClusters": self._cache_clusters,
+            "DescribeCacheParameters": self._cache_parameters,
+            "DescribeSnapshots": self._snapshots,
             "DescribeServiceUpdates": self._service_updates,
             "DescribeUpdateActions": self._update_actions,
             "DescribeEvents": self._events,
+            "ListAllowedNodeTypeModifications": self._node_types,
+        }
+        self._writes: dict[str, Callable[[Params], Answer]] = {
             "BatchApplyUpdateAction": self._apply,
             "BatchStopUpdateAction": self._stop,
             "TestFailover": self._test_failover,
+            "ModifyReplicationGroup": self._modify,
         }
 
-    def answer(self, operation: str, params: Params) -> Answer:
+    def answers(self, operation: str) -> bool:
+        """Whether this is one of the operations."""
+        return operation in self._reads or operation in self._writes
+
+    def answer(self, operation: str, params: Params, view: View | None = None) -> Answer:
         """Perform an operation.
 
+        :param view: what an operation that reads gets to see; by default what is so now.
         :raises Fault: for an error answer.
         """
-        return self._operations[operation](params)
+        if operation in self._reads:
+            return self._reads[operation](params, view or self._world.view())
+        return self._writes[operation](params)
 
-    def _replication_groups(self, params: Params) -> Answer:
-        groups = self._world.view().groups
+    def _replication_groups(self, params: Params, view: View) -> Answer:
         wanted = params.get("ReplicationGroupId")
-        chosen = [self._group(groups, wanted)] if wanted else groups.values()
-        return _page("ReplicationGroups", [rows.replication_group(self._world, group) for group in chosen], params)
+        chosen = [self._group(view.groups, wanted)] if wanted else view.groups.values()
+        found = [rows.replication_group(self._world, group) for group in chosen]
+        return self._page("ReplicationGroups", found, params)
 
-    def _cache_clusters(self, params: Params) -> Answer:
-        groups = self._world.view().groups.values()
+    def _cache_clusters(self, params: Params, view: View) -> Answer:
+        groups = view.groups.values()
         wanted, nodes = params.get("CacheClusterId"), bool(params.get("ShowCacheNodeInfo"))
         found = [
             rows.cache_cluster(self._world, group, member, nodes=nodes)
@@ -95,10 +118,34 @@ class Api:
             raise Fault("CacheClusterNotFound", f"CacheCluster not found: {wanted}")
         if params.get("ShowCacheClustersNotInReplicationGroups"):
             found = []
-        return _page("CacheClusters", found, params)
+        return self._page("CacheClusters", found, params)
 
-    def _service_updates(self, params: Params) -> Answer:
-        updates = self._world.view().updates
+    def _cache_parameters(self, params: Params, view: View) -> Answer:
+        wanted, source = params.get("CacheParameterGroupName"), params.get("Source")
+        groups = [group for group in view.groups.values() if group.parameter_group == wanted]
+        if not groups:
+            raise Fault("CacheParameterGroupNotFound", f"CacheParameterGroup {wanted} not found")
+        found = [rows.parameter(name, value) for name, value in sorted(groups[0].parameters.items())]
+        return self._page("Parameters", [row for row in found if source in (None, row["Source"])], params)
+
+    def _snapshots(self, params: Params, view: View) -> Answer:
+        wanted, name, source = (params.get(key) for key in ("ReplicationGroupId", "SnapshotName", "SnapshotSource"))
+        found = [
+            rows.snapshot(self._world, group, taken)
+            for group in view.groups.values()
+            for taken in group.snapshots
+            # A snapshot of a group is not one of a cache cluster: a filter by that selects none.
+            if wanted in (None, group.group_id)
+            and name in (None, taken.name)
+            and source in (None, _SNAPSHOT_SOURCES.get(taken.source))
+            and not params.get("CacheClusterId")
+        ]
+        if name and not found:
+            raise Fault("SnapshotNotFoundFault", f"Snapshot {name} not found")
+        return self._page("Snapshots", found, params, _SNAPSHOT_PAGE)
+
+    def _service_updates(self, params: Params, view: View) -> Answer:
+        updates = view.updates
         wanted, statuses = params.get("ServiceUpdateName"), params.get("ServiceUpdateStatus")
         if wanted and wanted not in updates:
             raise Fault("ServiceUpdateNotFoundFault", f"Service update {wanted} not found")
@@ -107,27 +154,26 @@ class Api:
             for name, update in updates.items()
             if wanted in (None, name) and (not statuses or update.status in statuses)
         ]
-        return _page("ServiceUpdates", found, params)
+        return self._page("ServiceUpdates", found, params)
 
-    def _update_actions(self, params: Params) -> Answer:
-        view = self._world.view()
+    def _update_actions(self, params: Params, view: View) -> Answer:
         nodes = bool(params.get("ShowNodeLevelUpdateStatus"))
         found = [
             rows.update_action(action, view.updates[action.update], nodes=nodes)
             for action in view.actions.values()
             if _selected(view, action, params)
         ]
-        return _page("UpdateActions", found, params)
+        return self._page("UpdateActions", found, params)
 
-    def _events(self, params: Params) -> Answer:
+    def _events(self, params: Params, view: View) -> Answer:
         begin, end = self._window(params)
         kind, source = params.get("SourceType"), params.get("SourceIdentifier")
         found = [
             rows.event(event)
-            for event in self._world.view().events
+            for event in view.events
             if begin <= event.date <= end and kind in (None, event.source_type) and source in (None, event.source)
         ]
-        return _page("Events", found, params)
+        return self._page("Events", found, params)
 
     def _window(self, params: Params) -> tuple[datetime, datetime]:
         now = self._world.clock.now()
@@ -146,12 +192,18 @@ class Api:
     def _apply(self, params: Params) -> Answer:
         def start(key: ActionKey) -> UpdateAction | None:
             update, group_id = key
-            started = self._world.start_action(key) if group_id in self._operators else None
+            possible = group_id in self._operators and not self._over(update)
+            started = self._world.start_action(key) if possible else None
             if started is not None:
                 self._operators[group_id].rotate(update)
             return started
 
         return self._batch(params, start, "applied")
+
+    def _over(self, update: str) -> bool:
+        """Whether a service update cannot be applied any more, whatever the status of its actions."""
+        about = self._world.view().updates[update]
+        return about.status != AVAILABLE or about.ends <= self._world.clock.now()
 
     def _stop(self, params: Params) -> Answer:
         return self._batch(params, self._world.stop_action, "stopped")
@@ -184,7 +236,9 @@ class Api:
     def _unprocessed(self, update: str, group_id: str, done: str) -> Answer:
         view = self._world.view()
         action = view.actions.get((update, group_id))
-        if action is not None:
+        if action is not None and done == "applied" and self._over(update):
+            kind, text = "ServiceUpdateExpired", f"Service update {update} cannot be applied any more"
+        elif action is not None:
             kind = "InvalidUpdateActionState"
             status = view.groups[group_id].status
             text = f"The update action is {action.status} and the group {status}: it cannot be {done} now"
@@ -206,6 +260,41 @@ class Api:
         self._operators[group.group_id].test_failover()
         changed = self._world.view().groups[group.group_id]
         return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _modify(self, params: Params) -> Answer:
+        group = self._group(self._world.view().groups, params.get("ReplicationGroupId"))
+        wanted = modifications.asked(params)
+        try:
+            target = modifications.change(group, wanted)
+        except modifications.Refusal as refusal:
+            raise Fault(refusal.code, refusal.message) from refusal
+        if not params.get("ApplyImmediately"):
+            self._world.modify_group(group.group_id, pending={**group.pending, **wanted})
+        elif wanted or group.pending:
+            if group.group_id not in self._operators or not self._world.claim(group.group_id):
+                raise Fault("InvalidReplicationGroupState", f"Replication group {group.group_id} is not available")
+            self._operators[group.group_id].modify(target)
+        changed = self._world.view().groups[group.group_id]
+        return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _node_types(self, params: Params, view: View) -> Answer:
+        group = self._group(view.groups, params.get("ReplicationGroupId"))
+        larger, smaller = modifications.node_types(group)
+        return {"ScaleUpModifications": larger, "ScaleDownModifications": smaller}
+
+    def _page(self, key: str, found: list[rows.Row], params: Params, sizes: range = _PAGE) -> Answer:
+        """One page of ``found``. A marker is good for the same question only, whatever was appended since."""
+        size = params.get("MaxRecords") or sizes[-1]
+        if size not in sizes:
+            raise Fault("InvalidParameterValue", f"MaxRecords must be from {sizes[0]} to {sizes[-1]}")
+        size = min(size, self._most_rows)
+        question = {name: value for name, value in params.items() if name not in ("Marker", "MaxRecords")}
+        digest = hashlib.sha256(json.dumps([key, question], sort_keys=True, default=str).encode()).hexdigest()[:16]
+        start = _start(params["Marker"], digest) if params.get("Marker") else 0
+        answer: Answer = {key: found[start : start + size]}
+        if start + size < len(found):
+            answer["Marker"] = base64.urlsafe_b64encode(f"{digest}:{start + size}".encode()).decode()
+        return answer
 
     @staticmethod
     def _group(groups: Mapping[str, Group], group_id: str | None) -> Group:
@@ -249,20 +338,6 @@ def _unprocessed_cluster(update: str, cluster_id: str) -> Answer:
 
 def _aware(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _page(key: str, found: list[rows.Row], params: Params) -> Answer:
-    """One page of ``found``. A marker is good for the same question only, whatever was appended since."""
-    size = params.get("MaxRecords") or _PAGE[-1]
-    if size not in _PAGE:
-        raise Fault("InvalidParameterValue", f"MaxRecords must be from {_PAGE[0]} to {_PAGE[-1]}")
-    question = {name: value for name, value in params.items() if name not in ("Marker", "MaxRecords")}
-    digest = hashlib.sha256(json.dumps([key, question], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    start = _start(params["Marker"], digest) if params.get("Marker") else 0
-    answer: Answer = {key: found[start : start + size]}
-    if start + size < len(found):
-        answer["Marker"] = base64.urlsafe_b64encode(f"{digest}:{start + size}".encode()).decode()
-    return answer
 
 
 def _start(marker: str, digest: str) -> int:

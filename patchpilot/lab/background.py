@@ -12,9 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from patchpilot.errors import NeedsOperator, PatchpilotError, Unsafe, Usage
 from patchpilot.lab import supervisor
 from patchpilot.lab.processes import until
 from patchpilot.lab.roster import Roster, replace
+from patchpilot.lab.scenario import CALM, Scenario, find, read
 
 _UP_SECONDS = 90.0
 _DOWN_SECONDS = 30.0
@@ -33,6 +35,7 @@ _FACTS = "lab.json"
 _CONFIG = "lab.toml"
 _CREDENTIALS = "aws-credentials"
 _LOG_LINES = 3
+_SETTLE = timedelta(seconds=3)
 
 _TOML = """\
 # Written by `patchpilot lab up`; gone after `patchpilot lab down`.
@@ -50,8 +53,9 @@ credentials_file = {credentials}
 [runbook]
 grace = "5s"
 poll_interval = "500ms"
-settle = "3s"
+settle = {settle}
 stall = "5m"
+quiet = "5s"
 verify_timeout = "60s"
 
 [recovery]
@@ -111,6 +115,7 @@ def up(
     write_loss_ms: int = 300,
     endpoint_lag_ms: int = 300,
     seconds_per_node: float = 3.0,
+    scenario: str | None = None,
     prepare: Callable[[str], None] | None = None,
 ) -> LabInfo:
     """Start a lab and leave it running; returns once everything answers.
@@ -119,21 +124,24 @@ def up(
     :param write_loss_ms: at each failover, for how long the old primary takes writes that will be lost.
     :param endpoint_lag_ms: at each failover, for how long the endpoint refuses connections.
     :param seconds_per_node: how long the replacement of a node takes.
+    :param scenario: what goes wrong: the name of a scenario, or the path of its file; without one, nothing does.
     :param prepare: called with the DSN once PostgreSQL is up, before `lab.json` is there: for migrations.
     :raises Unsafe: if a lab runs in that directory already.
-    :raises Usage: for values out of range.
+    :raises Usage: for values out of range, or a scenario that is not one.
     :raises NeedsOperator: if something does not come up. Nothing is left running then.
     """
     if replicas < 1:
         raise Usage("a lab needs at least one replica to fail over to")
     if min(write_loss_ms, endpoint_lag_ms, seconds_per_node) < 0:
         raise Usage("durations must not be negative")
+    played, file = _scenario(scenario, replicas)
     directory = directory.absolute()
     options = {
         "replicas": replicas,
         "write_loss_ms": write_loss_ms,
         "endpoint_lag_ms": endpoint_lag_ms,
         "seconds_per_node": seconds_per_node,
+        "scenario": file,
     }
     with _alone(directory):
         _refuse_if_running(directory)
@@ -142,7 +150,7 @@ def up(
             facts = _start(directory, options)
             if prepare is not None:
                 prepare(facts["postgres"])
-            return _describe(directory, facts)
+            return _describe(directory, facts, played)
         except BaseException:
             _clear(directory)
             raise
@@ -211,12 +219,32 @@ def _start(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _describe(directory: Path, facts: dict[str, Any]) -> LabInfo:
+def configuration(facts: Mapping[str, Any], credentials: Path, scenario: Scenario) -> str:
+    """The TOML configuration for a pilot in this lab.
+
+    Its `settle` is longer than the scenario's AWS takes to show what it was told to do: that is what the promise of one
+    trigger rests on when the pilot is killed in the middle of it.
+    """
+    settle = f"{(_SETTLE + scenario.longest_lag).total_seconds():g}s"
+    said = {**facts, "credentials": str(credentials), "settle": settle}
+    # A JSON string is a TOML string too.
+    return _TOML.format(**{key: json.dumps(value) for key, value in said.items()})
+
+
+def _scenario(name: str | None, replicas: int) -> tuple[Scenario, str | None]:
+    if name is None:
+        return CALM, None
+    file = find(name)
+    scenario = read(file)
+    if scenario.highest_node > replicas + 1:
+        raise Usage(f"{file}: is about node {scenario.highest_node}, and the lab has only {replicas + 1}")
+    return scenario, str(file)
+
+
+def _describe(directory: Path, facts: dict[str, Any], scenario: Scenario) -> LabInfo:
     credentials, config = directory / _CREDENTIALS, directory / _CONFIG
     replace(credentials, _DUMMY_CREDENTIALS)
-    # A JSON string is a TOML string too.
-    values = {key: json.dumps(value) for key, value in {**facts, "credentials": str(credentials)}.items()}
-    replace(config, _TOML.format(**values))
+    replace(config, configuration(facts, credentials, scenario))
     info = LabInfo(**facts, config=str(config), state=str(directory / supervisor.STATE))
     replace(directory / _FACTS, json.dumps(asdict(info), indent=1) + "\n")
     return info

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
+from xml.sax.saxutils import escape
 
 from moto.core.responses import ActionResult
 from moto.elasticache import urls
@@ -24,10 +25,16 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from patchpilot.errors import Unsafe
 from patchpilot.lab.api import Api, Fault, Operator
+from patchpilot.lab.disturbances import DisturbedApi
 from patchpilot.lab.launch import HOST
+from patchpilot.lab.scenario import CALM, Scenario
 from patchpilot.lab.world import World
 
 _POLL_SECONDS = 0.02
+_ERROR = (
+    '<ErrorResponse xmlns="http://elasticache.amazonaws.com/doc/2015-02-02/"><Error><Type>Sender</Type>'
+    "<Code>{code}</Code><Message>{message}</Message></Error><RequestId>lab</RequestId></ErrorResponse>"
+)
 
 
 class Cloud:
@@ -36,12 +43,22 @@ class Cloud:
     :param operators: who works on the nodes, by replication group.
     :param calls: a JSON-lines file that gets one line for each ElastiCache call, when it arrives and whatever becomes
         of it: `time` (UTC, ISO 8601), `action` and `parameters`.
+    :param asked: called when somebody asks for an operation on the nodes, before anything comes of it.
     """
 
-    def __init__(self, world: World, operators: Mapping[str, Operator], *, calls: Path) -> None:
+    def __init__(
+        self,
+        world: World,
+        operators: Mapping[str, Operator],
+        *,
+        calls: Path,
+        scenario: Scenario = CALM,
+        asked: Callable[[], None] = lambda: None,
+    ) -> None:
         self.world = world
         self.calls = calls
-        self.api = Api(world, operators)
+        api = Api(world, operators, most_rows=scenario.page_size)
+        self.api = DisturbedApi(api, world, scenario, asked=asked)
         self._writing = threading.Lock()
         self._server: BaseWSGIServer | None = None
         self._thread: threading.Thread | None = None
@@ -65,6 +82,7 @@ class Cloud:
     def start(self) -> None:
         """Answer requests, on a free port."""
         install()
+        self.world.start()
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
         # What moto's own ThreadedMotoServer does, except that this one stops at once.
         application = DomainDispatcherApplication(create_backend_app)
@@ -110,20 +128,38 @@ class LabResponse(ElastiCacheResponse):
         cloud = self._cloud()
         if cloud is None:
             return super().call_action()
-        cloud.record(self._get_action(), getattr(self, "params", {}))
+        action = self._get_action()
+        cloud.record(action, getattr(self, "params", {}))
         try:
+            if not cloud.api.answers(action):
+                cloud.api.trip(action)
             return super().call_action()
         except NotImplementedError as error:
             # Of the codes for this, botocore's model knows this one.
-            fault = ElastiCacheException("InvalidParameterValue", str(error))
-            status, headers, body = self.serialized(ActionResult(fault))
-            return status, {**headers, "status": str(status)}, body
+            return self._failed(Fault("InvalidParameterValue", str(error)))
+        except Fault as fault:
+            return self._failed(fault)
+
+    def _failed(self, fault: Fault) -> Any:
+        if fault.status is not None:
+            # moto serialises only the codes in ElastiCache's model, and those that all of AWS has are not among them.
+            return fault.status, {"status": str(fault.status), "Content-Type": "text/xml"}, _ERROR.format(
+                code=escape(fault.code), message=escape(fault.message)
+            )  # fmt: skip
+        status, headers, body = self.serialized(ActionResult(ElastiCacheException(fault.code, fault.message)))
+        return status, {**headers, "status": str(status)}, body
 
     def describe_replication_groups(self) -> ActionResult:
         return self._answer() or super().describe_replication_groups()
 
     def describe_cache_clusters(self) -> ActionResult:
         return self._answer() or super().describe_cache_clusters()
+
+    def describe_snapshots(self) -> ActionResult:
+        return self._answer() or super().describe_snapshots()
+
+    def describe_cache_parameters(self) -> ActionResult:
+        return self._modelled()
 
     def describe_service_updates(self) -> ActionResult:
         return self._modelled()
@@ -143,6 +179,12 @@ class LabResponse(ElastiCacheResponse):
     def test_failover(self) -> ActionResult:
         return self._modelled()
 
+    def modify_replication_group(self) -> ActionResult:
+        return self._modelled()
+
+    def list_allowed_node_type_modifications(self) -> ActionResult:
+        return self._modelled()
+
     def _modelled(self) -> ActionResult:
         answer = self._answer()
         if answer is None:
@@ -154,10 +196,7 @@ class LabResponse(ElastiCacheResponse):
         if cloud is None:
             return None
         api = cloud.api if self.region == cloud.world.region else Api(World(region=self.region), {})
-        try:
-            return ActionResult(api.answer(self._get_action(), self.params))
-        except Fault as fault:
-            raise ElastiCacheException(fault.code, fault.message) from fault
+        return ActionResult(api.answer(self._get_action(), self.params))
 
     def _cloud(self) -> Cloud | None:
         port = self.normalized_request.environ.get("SERVER_PORT", "")

@@ -6,18 +6,22 @@ For a lab that runs in the background, as `patchpilot lab up` starts it, see :mo
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from patchpilot.clock import SYSTEM, Clock
-from patchpilot.errors import Unsafe
+from patchpilot.errors import Unsafe, Usage
+from patchpilot.lab import monitoring
+from patchpilot.lab.choreography import first_update
 from patchpilot.lab.cloud import Cloud
 from patchpilot.lab.replicas import Failover, ReplicaSet, Windows
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.rotation import Rotation
+from patchpilot.lab.scenario import CALM, Scenario
 from patchpilot.lab.servers import Postgres
-from patchpilot.lab.world import Group, Member, World, lab_update
+from patchpilot.lab.world import Group, Member, Snapshot, World
 
 GROUP = "lab-broker"
 REGION = "eu-central-1"
@@ -29,7 +33,9 @@ class Lab:
 
     :param directory: for data and logs; made if it is missing.
     :param roster: where the processes are written down; `directory/roster.json` by default.
+    :param scenario: what goes wrong.
     :param postgres: whether to start PostgreSQL too.
+    :raises Usage: if the scenario is about a node that this lab has not.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Lab:
         write_loss_ms: int = 300,
         endpoint_lag_ms: int = 300,
         seconds_per_node: float = 3.0,
+        scenario: Scenario = CALM,
         postgres: bool = True,
         roster: Roster | None = None,
         clock: Clock = SYSTEM,
@@ -47,7 +54,10 @@ class Lab:
         logs, data = directory / "logs", directory / "data"
         for needed in (directory, logs, data):
             needed.mkdir(parents=True, exist_ok=True)
+        if scenario.highest_node > replicas + 1:
+            raise Usage(f"the scenario is about node {scenario.highest_node}, and the lab has only {replicas + 1}")
         self.directory = directory
+        self.scenario = scenario
         self.roster = roster or Roster(directory / "roster.json")
         self.calls = directory / "calls.jsonl"
         self.postgres = Postgres(data, roster=self.roster, log=logs / "postgres.log", clock=clock) if postgres else None
@@ -58,9 +68,16 @@ class Lab:
             self.replicas,
             windows=Windows(write_loss_ms / 1000, endpoint_lag_ms / 1000),
             seconds_per_node=seconds_per_node,
+            scenario=scenario,
             clock=clock,
         )
-        self.cloud = Cloud(self.world, {GROUP: self.rotation}, calls=self.calls)
+        self.cloud = Cloud(
+            self.world,
+            {GROUP: self.rotation},
+            calls=self.calls,
+            scenario=scenario,
+            asked=self.rotation.choreography.glance,
+        )
         self._running = ExitStack()
 
     def __enter__(self) -> Self:
@@ -99,7 +116,10 @@ class Lab:
             self._populate()
             starting.callback(self.cloud.stop)
             self.cloud.start()
+            nodes = list(self.replicas.nodes)
+            monitoring.watch(self.cloud.url, REGION, self.world.account, GROUP, nodes, self.world.clock)
             starting.callback(self.rotation.close)
+            self.rotation.watch()
             self._running = starting.pop_all()
 
     def stop(self) -> None:
@@ -125,14 +145,24 @@ class Lab:
             Member(name, node.address, f"{REGION}{_ZONES[position % len(_ZONES)]}")
             for position, (name, node) in enumerate(self.replicas.nodes.items())
         )
+        now = self.world.now()
         self.world.add_group(
             Group(
                 group_id=GROUP,
                 endpoint=self.replicas.link.address,
                 members=members,
                 primary_id=self.replicas.primary.name,
-                created=self.world.now(),
+                created=now,
                 engine_version=".".join(str(info["valkey_version"]).split(".")[:2]),
+                # Whenever a lab starts: neither window is near, and there is a snapshot of not long ago.
+                maintenance_window=_hour(now + timedelta(hours=84), "%a:%H:%M"),
+                snapshot_window=_hour(now + timedelta(hours=12), "%H:%M"),
+                snapshots=(Snapshot(f"automatic.{GROUP}", now - timedelta(hours=1)),),
             )
         )
-        self.world.add_update(lab_update(self.world.now()))
+        self.world.add_update(first_update(self.scenario, now))
+
+
+def _hour(begin: datetime, form: str) -> str:
+    """The hour from ``begin`` on, as AWS writes a window."""
+    return "-".join(f"{moment:{form}}".lower() for moment in (begin, begin + timedelta(hours=1)))

@@ -1,33 +1,28 @@
-"""What ElastiCache's automation does to the nodes of one group, done to real processes: rotations and failovers.
-
-Replicas first, then the failover, then the old primary; statuses, event texts and their order as AWS documents them and
-as people saw them.
-"""
+"""ElastiCache's automation at work on real processes: :mod:`patchpilot.lab.choreography`, played in threads."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 
 from patchpilot.clock import SYSTEM, Clock
-from patchpilot.errors import PatchpilotError
+from patchpilot.errors import NeedsOperator, PatchpilotError
+from patchpilot.lab.choreography import Choreography, Script
+from patchpilot.lab.launch import HOST, Address, free_port
+from patchpilot.lab.modifications import Change
 from patchpilot.lab.replicas import Closing, Failover, ReplicaSet, Windows
-from patchpilot.lab.servers import ValkeyNode
-from patchpilot.lab.world import AVAILABLE, MODIFYING, NODE, ActionKey, NodeUpdate, UpdateAction, World
+from patchpilot.lab.scenario import CALM, Scenario
+from patchpilot.lab.world import World
 from patchpilot.telemetry import get_logger
 
-_CLUSTER = "cache-cluster"
-_GROUP = "replication-group"
-
-# How the seconds of one node are spent: it is down for so much of them, and the next one waits for so much more.
-_DOWN = 0.4
-_GAP = 0.1
 _STOP_SECONDS = 30.0
+# A login that no node knows: a replica that tries it is turned away by whichever primary it follows.
+_LOCKED_OUT = ("masteruser", "nobody", "masterauth", "nothing")
+_LET_IN = ("masteruser", "", "masterauth", "")
 
 
 class Rotation:
-    """The automation of one replication group: at most one operation at a time, in a background thread.
+    """The automation of one replication group, in background threads.
 
     :param seconds_per_node: how long the replacement of one node takes, at least; to resynchronise may take longer.
     """
@@ -39,128 +34,136 @@ class Rotation:
         *,
         windows: Windows | None = None,
         seconds_per_node: float = 3.0,
+        scenario: Scenario = CALM,
         clock: Clock = SYSTEM,
     ) -> None:
-        self.windows = windows or Windows()
-        self.seconds_per_node = seconds_per_node
-        self.failovers: list[Failover] = []
-        """Every failover so far, in order."""
-        self._world = world
         self._replicas = replicas
-        self._group = replicas.name
+        self._nodes = _RealNodes(replicas, windows or Windows())
         self._clock = clock
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._watcher: threading.Thread | None = None
+        self.choreography = Choreography(
+            world, self._nodes, replicas.name, self._run, scenario=scenario, seconds_per_node=seconds_per_node
+        )
+
+    @property
+    def failovers(self) -> list[Failover]:
+        """Every failover so far, in order."""
+        return self._nodes.failovers
+
+    @property
+    def seconds_per_node(self) -> float:
+        """How long the replacement of one node takes, at least."""
+        return self.choreography.seconds_per_node
+
+    @seconds_per_node.setter
+    def seconds_per_node(self, seconds: float) -> None:
+        self.choreography.seconds_per_node = seconds
 
     def rotate(self, update: str) -> None:
         """Apply a service update to the nodes that do not have it yet; returns at once."""
-        self._run(lambda: self._rotate((update, self._group)), f"rotation of {self._group}")
+        self.choreography.rotate(update)
 
     def test_failover(self) -> None:
         """Fail over as TestFailover does; returns at once."""
-        self._run(self._test_failover, f"failover of {self._group}")
+        self.choreography.test_failover()
+
+    def watch(self) -> None:
+        """Play what the scenario has in store, when its time has come; returns at once."""
+        # Not among the operations: nobody waits for what is still to come.
+        self._watcher = self._start(self.choreography.watch(), "scenario")
+
+    def modify(self, target: Change) -> None:
+        """Make every node what ``target`` says; the group is `modifying` already. Returns at once."""
+        self.choreography.modify(target)
 
     def join(self, *, seconds: float = 120.0) -> bool:
-        """Wait for the operation under way, if any. False if it is not over within ``seconds``."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-        return self._thread is None or not self._thread.is_alive()
+        """Wait for the operations under way, if any. False if they are not over within ``seconds``."""
+        ends = self._clock.monotonic() + seconds
+        for thread in tuple(self._threads):
+            thread.join(max(ends - self._clock.monotonic(), 0))
+        return not any(thread.is_alive() for thread in tuple(self._threads))
 
     def close(self) -> None:
-        """Break the operation under way off, wherever it is."""
+        """Break the operations under way off, wherever they are."""
         self._replicas.close()
+        if self._watcher is not None:
+            self._watcher.join(_STOP_SECONDS)
         self.join(seconds=_STOP_SECONDS)
 
-    def _run(self, operation: Callable[[], None], name: str) -> None:
+    def _run(self, script: Script, name: str) -> None:
+        self._threads.append(self._start(script, name))
+
+    def _start(self, script: Script, name: str) -> threading.Thread:
+        first = next(script, None)
+
         def run() -> None:
             try:
-                operation()
+                self._replicas.pause(first or 0)
+                for seconds in script:
+                    self._replicas.pause(seconds)
             except Closing:
                 pass
             except PatchpilotError as error:
                 # The statuses stay as they are: to a client this is a rotation that stalls, as a real one might.
                 get_logger().error("lab.operation_failed", operation=name, error=str(error))
 
-        self._thread = threading.Thread(target=run, name=name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        return thread
 
-    def _test_failover(self) -> None:
-        self._publish(_GROUP, self._group, f"Test Failover API called for node group {NODE}")
-        old = self._fail_over()
-        self._recover(old, begun=self._clock.monotonic())
-        self._world.change_group(self._group, status=AVAILABLE)
 
-    def _rotate(self, key: ActionKey) -> None:
-        self._replicas.pause(self.seconds_per_node * _GAP)
-        if not self._stopping(key):
-            self._world.change_action(key, "in-progress")
-        while not self._stopping(key) and (node := self._next(key)) is not None:
-            self._update(key, node)
-            self._replicas.pause(self.seconds_per_node * _GAP)
-        self._finish(key)
+class _RealNodes:
+    """Real servers, as :class:`patchpilot.lab.choreography.Nodes`."""
 
-    def _update(self, key: ActionKey, node: ValkeyNode) -> None:
-        begun = self._clock.monotonic()
-        self._mark(key, node, "in-progress")
-        if node is self._replicas.primary:
-            self._fail_over()
-        self._recover(node, begun=begun)
-        self._mark(key, node, "complete")
+    def __init__(self, replicas: ReplicaSet, windows: Windows) -> None:
+        self.failovers: list[Failover] = []
+        self._set = replicas
+        self._windows = windows
+        self._apart: set[str] = set()
 
-    def _fail_over(self) -> ValkeyNode:
-        """Promote a replica; returns the old primary, which is down."""
-        done = self._replicas.fail_over(self.windows)
+    @property
+    def primary(self) -> str:
+        return self._set.primary.name
+
+    @property
+    def replicas(self) -> list[str]:
+        return [node.name for node in self._set.replicas]
+
+    def can_fail_over(self) -> bool:
+        for node in self._set.replicas:
+            with suppress(NeedsOperator):
+                if node.running and node.replication().link_up:
+                    return True
+        return False
+
+    def fail_over(self) -> tuple[str, str]:
+        done = self._set.fail_over(self._windows)
         self.failovers.append(done)
-        self._world.change_group(self._group, primary_id=done.new)
-        text = f"Failover from primary node {done.old} to replica node {done.new} completed"
-        self._publish(_CLUSTER, done.new, text)
-        self._publish(_GROUP, self._group, text)
-        return self._replicas.nodes[done.old]
+        return done.old, done.new
 
-    def _recover(self, node: ValkeyNode, *, begun: float) -> None:
-        """Take a replica (or an old primary) down, hold it down, and bring it back in sync."""
-        self._publish(_CLUSTER, node.name, f"Recovering cache nodes {NODE}")
-        self._world.change_member(self._group, node.name, status=MODIFYING)
-        node.stop(hard=True)
-        self._replicas.pause(self.seconds_per_node * _DOWN)
-        self._replicas.rejoin(node)
-        self._replicas.pause(begun + self.seconds_per_node - self._clock.monotonic())
-        self._replicas.await_sync()
-        self._world.change_member(self._group, node.name, status=AVAILABLE)
-        self._publish(_CLUSTER, node.name, f"Finished recovery for cache nodes {NODE}")
+    def take_down(self, node: str) -> None:
+        self._set.nodes[node].stop(hard=True)
 
-    def _finish(self, key: ActionKey) -> None:
-        def settle(row: NodeUpdate) -> NodeUpdate:
-            return row if row.status == "complete" else replace(row, status="stopped", modified=self._world.now())
+    def bring_back(self, node: str, *, synchronise: bool) -> None:
+        server = self._set.nodes[node]
+        if synchronise:
+            self._apart.discard(node)
+            self._set.rejoin(server)
+            return
+        self._apart.add(node)
+        # At first it follows an address where nobody listens: it must not synchronise before it is locked out.
+        server.start(follow=Address(HOST, free_port()))
+        server.ask(lambda client: client.config_set(*_LOCKED_OUT))
+        server.follow(self._set.primary.address)
 
-        complete = all(row.status == "complete" for row in self._action(key).nodes)
-        self._world.change_group(self._group, status=AVAILABLE)
-        self._world.change_action(key, "complete" if complete else "stopped", nodes=settle)
+    def synchronise(self, node: str) -> None:
+        self._apart.discard(node)
+        server = self._set.nodes[node]
+        if server.running:
+            server.ask(lambda client: client.config_set(*_LET_IN))
 
-    def _next(self, key: ActionKey) -> ValkeyNode | None:
-        """The next node to update: replicas by name, the primary of that moment last."""
-        left = {row.cluster_id for row in self._action(key).nodes if row.status != "complete"}
-        for node in [*self._replicas.replicas, self._replicas.primary]:
-            if node.name in left:
-                return node
-        return None
-
-    def _mark(self, key: ActionKey, node: ValkeyNode, status: str) -> None:
-        now = self._world.now()
-
-        def mark(row: NodeUpdate) -> NodeUpdate:
-            if row.cluster_id != node.name:
-                return row
-            if status == "complete":
-                return replace(row, status=status, ended=now, modified=now)
-            return replace(row, status=status, started=now, modified=now)
-
-        self._world.change_action(key, self._action(key).status, nodes=mark)
-
-    def _stopping(self, key: ActionKey) -> bool:
-        return self._action(key).status == "stopping"
-
-    def _action(self, key: ActionKey) -> UpdateAction:
-        return self._world.view().actions[key]
-
-    def _publish(self, source_type: str, source: str, message: str) -> None:
-        self._world.publish(source_type, source, message)
+    def await_sync(self) -> None:
+        for server in self._set.replicas:
+            if server.running and server.name not in self._apart:
+                server.await_sync(self._set.primary, seconds=60.0)

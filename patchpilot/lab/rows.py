@@ -6,12 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from patchpilot.lab.launch import Address
-from patchpilot.lab.world import NODE, Event, Group, Member, NodeUpdate, ServiceUpdate, UpdateAction, World
+from patchpilot.lab.world import NODE, Event, Group, Member, NodeUpdate, ServiceUpdate, Snapshot, UpdateAction, World
 
 Row = dict[str, Any]
 
-_MAINTENANCE_WINDOW = "sun:03:00-sun:04:00"
-_SNAPSHOT_WINDOW = "01:00-02:00"
 _SNAPSHOT_DAYS = 7
 
 
@@ -36,7 +34,7 @@ def replication_group(world: World, group: Group) -> Row:
         "AutomaticFailover": "enabled",
         "MultiAZ": "enabled",
         "SnapshotRetentionLimit": _SNAPSHOT_DAYS,
-        "SnapshotWindow": _SNAPSHOT_WINDOW,
+        "SnapshotWindow": group.snapshot_window,
         "ClusterEnabled": False,
         "ClusterMode": "disabled",
         "CacheNodeType": group.node_type,
@@ -65,18 +63,18 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
     """
     row: Row = {
         "CacheClusterId": member.cluster_id,
-        "CacheNodeType": group.node_type,
-        "Engine": group.engine,
-        "EngineVersion": group.engine_version,
+        "CacheNodeType": member.node_type or group.node_type,
+        "Engine": member.engine or group.engine,
+        "EngineVersion": member.engine_version or group.engine_version,
         "CacheClusterStatus": member.status,
         "NumCacheNodes": 1,
         "PreferredAvailabilityZone": member.zone,
         "CacheClusterCreateTime": group.created,
-        "PreferredMaintenanceWindow": _MAINTENANCE_WINDOW,
-        "PendingModifiedValues": {},
+        "PreferredMaintenanceWindow": group.maintenance_window,
+        "PendingModifiedValues": _pending(group),
         "CacheSecurityGroups": [],
         "CacheParameterGroup": {
-            "CacheParameterGroupName": "default.valkey9",
+            "CacheParameterGroupName": group.parameter_group,
             "ParameterApplyStatus": "in-sync",
             "CacheNodeIdsToReboot": [],
         },
@@ -85,7 +83,7 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
         "SecurityGroups": [],
         "ReplicationGroupId": group.group_id,
         "SnapshotRetentionLimit": 0,
-        "SnapshotWindow": _SNAPSHOT_WINDOW,
+        "SnapshotWindow": group.snapshot_window,
         "AuthTokenEnabled": False,
         "TransitEncryptionEnabled": False,
         "AtRestEncryptionEnabled": False,
@@ -107,6 +105,50 @@ def cache_cluster(world: World, group: Group, member: Member, *, nodes: bool) ->
             }
         ]
     return row
+
+
+def parameter(name: str, value: str) -> Row:
+    """A row of DescribeCacheParameters."""
+    return {
+        "ParameterName": name,
+        "ParameterValue": value,
+        "Source": "user",
+        "DataType": "integer" if value.isdecimal() else "string",
+        "IsModifiable": True,
+        "MinimumEngineVersion": "7.2.4",
+        "ChangeType": "immediate",
+    }
+
+
+def snapshot(world: World, group: Group, taken: Snapshot) -> Row:
+    """A row of DescribeSnapshots."""
+    return {
+        "SnapshotName": taken.name,
+        "ReplicationGroupId": group.group_id,
+        "ReplicationGroupDescription": group.description,
+        "SnapshotStatus": taken.status,
+        "SnapshotSource": taken.source,
+        "CacheNodeType": group.node_type,
+        "Engine": group.engine,
+        "EngineVersion": group.engine_version,
+        "CacheParameterGroupName": group.parameter_group,
+        "SnapshotRetentionLimit": _SNAPSHOT_DAYS,
+        "SnapshotWindow": group.snapshot_window,
+        "NumNodeGroups": 1,
+        "AutomaticFailover": "enabled",
+        "NodeSnapshots": [
+            {
+                "CacheClusterId": group.members[-1].cluster_id,
+                "NodeGroupId": NODE,
+                "CacheNodeId": NODE,
+                "CacheSize": "1 MB",
+                "CacheNodeCreateTime": group.created,
+                "SnapshotCreateTime": taken.taken,
+            }
+        ],
+        "ARN": world.arn("snapshot", taken.name),
+        "DataTiering": "disabled",
+    }
 
 
 def service_update(update: ServiceUpdate) -> Row:
@@ -187,6 +229,12 @@ def _node_update(node: NodeUpdate) -> Row:
         "NodeUpdateStatusModifiedDate": node.modified,
     }
     return {key: value for key, value in row.items() if value is not None}
+
+
+def _pending(group: Group) -> Row:
+    """What a node shows as pending; a change of the engine shows as one of its version."""
+    words = {"engine_version": "EngineVersion", "node_type": "CacheNodeType"}
+    return {word: group.pending[name] for name, word in words.items() if name in group.pending}
 
 
 def _endpoint(address: Address) -> Row:

@@ -43,6 +43,7 @@ def main(directory: Path, options: dict[str, Any]) -> None:
 
 
 def _run(directory: Path, options: dict[str, Any]) -> None:
+    from patchpilot.lab import scenario
     from patchpilot.lab.laboratory import Lab
     from patchpilot.lab.watchdog import Watchdog
 
@@ -51,6 +52,8 @@ def _run(directory: Path, options: dict[str, Any]) -> None:
         signal.signal(number, lambda *_: enough.set())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     roster = Roster(directory / STATE)
+    played = options.pop("scenario", None)
+    options["scenario"] = scenario.read(Path(played)) if played else scenario.CALM
     with Watchdog(roster), Lab(directory, roster=roster, **options) as lab:
         facts = {
             "endpoint": lab.endpoint,

@@ -1,27 +1,70 @@
-"""Which service update to apply. Pure."""
+"""What is to be done to a group; and which service update, if it is one. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
-from patchpilot.elasticache.facts import APPLICABLE, AVAILABLE, IN_FLIGHT, ServiceUpdate, UpdateAction
+from patchpilot.elasticache.facts import APPLICABLE, AVAILABLE, IN_FLIGHT, Group, Node, ServiceUpdate, UpdateAction
 from patchpilot.errors import NeedsOperator, NothingToDo
+from patchpilot.phases.order import Kind
+
+NO_ACTION = UpdateAction(group="", update="", status="")
+"""In place of an update action, for operations that are no service update."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What there is to choose from."""
+
+    group: Group
+    nodes: tuple[Node, ...]
+    actions: tuple[UpdateAction, ...]
+    updates: tuple[ServiceUpdate, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An update for a group."""
+    """An operation on a group."""
 
-    action: UpdateAction
-    update: ServiceUpdate | None
+    action: UpdateAction = NO_ACTION
+    update: ServiceUpdate | None = None
     """None while AWS does not list it: its dates are unknown then."""
+    operation: Kind = Kind.SERVICE_UPDATE
+    aim: Mapping[str, str] = field(default_factory=dict)
+    """What is to be reached, by operation: ``update``, ``engine``, ``engine_version``, ``node_type`` ..."""
+    running: bool = False
+    """Whether an operation that is no service update runs already."""
 
     @property
     def adopted(self) -> bool:
         """Whether it runs already: started by somebody else, or by this run before it was interrupted."""
-        return self.action.status in IN_FLIGHT
+        return self.running or self.action.status in IN_FLIGHT
+
+    @property
+    def beyond_us(self) -> str:
+        """Why it is too late, or not for us, to refuse it; empty if it can be refused."""
+        if self.adopted:
+            return "the update already runs" if self.is_update else "it already runs"
+        return "it is only observed" if self.operation is Kind.OBSERVE else ""
+
+    @property
+    def is_update(self) -> bool:
+        """Whether AWS has an update action for it."""
+        return bool(self.action.update)
+
+    @property
+    def status(self) -> str:
+        """How far it is, in AWS's words where AWS has any."""
+        return self.action.status if self.is_update else "running" if self.running else "not begun"
+
+    @property
+    def what(self) -> str:
+        """In a few words, for people."""
+        if self.is_update:
+            return f"service update {self.action.update}"
+        return " ".join([str(self.operation).replace("-", " "), *self.aim.values()])
 
 
 def choose(
@@ -33,7 +76,7 @@ def choose(
     :raises NeedsOperator: the one asked for is not for this group.
     """
     known = {update.name: update for update in updates}
-    choices = [Choice(action, known.get(action.update)) for action in actions]
+    choices = [Choice(action, known.get(action.update), aim={"update": action.update}) for action in actions]
     if asked is not None:
         return _asked(choices, now, asked)
     running = [choice for choice in choices if choice.adopted]

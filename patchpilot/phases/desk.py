@@ -6,15 +6,28 @@ There is no clock on it. A step learns the time from its :class:`~patchpilot.eng
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from patchpilot.elasticache.facts import Application, Event, Group, Node, ServiceUpdate, UpdateAction
+from patchpilot.elasticache.cloudwatch import Alarm, Metric
+from patchpilot.elasticache.facts import (
+    Application,
+    Event,
+    Group,
+    Modification,
+    Node,
+    ServiceUpdate,
+    Snapshot,
+    UpdateAction,
+)
+from patchpilot.engine.requests import Request
 from patchpilot.errors import Corrupt
+from patchpilot.phases.order import Order
 from patchpilot.recovery.findings import Applied, Finding, Window
 from patchpilot.settings import Role, Runbook
 from patchpilot.valkey.nodes import Report
+from patchpilot.workers.facts import Fleet
 
 
 class Cloud(Protocol):
@@ -28,13 +41,46 @@ class Cloud(Protocol):
 
     def nodes(self, group: Group) -> tuple[Node, ...]: ...
 
+    def in_flight(self) -> tuple[UpdateAction, ...]: ...
+
+    def parameters(self, parameter_group: str) -> Mapping[str, str]: ...
+
+    def snapshots(self, group: str) -> tuple[Snapshot, ...]: ...
+
+    def history(self, group: Group, until: datetime) -> tuple[Event, ...]: ...
+
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]: ...
 
     def apply(self, update: str, group: str) -> Application: ...
 
+    def stop(self, update: str, group: str) -> Application: ...
+
+    def modify(self, group: str, change: Modification) -> Application: ...
+
+    def test_failover(self, group: str, node_group: str) -> Application: ...
+
+    def node_types(self, group: str) -> tuple[str, ...]: ...
+
+
+class Gauge(Protocol):
+    """The metric that can stop a rotation: :class:`patchpilot.elasticache.metrics.Metrics`."""
+
+    def newest(self, now: datetime) -> tuple[float, ...]: ...
+
+
+class Monitoring(Protocol):
+    """CloudWatch: :class:`patchpilot.elasticache.cloudwatch.CloudWatch`."""
+
+    def alarms(self, about: Collection[str]) -> tuple[Alarm, ...]: ...
+
+    def metrics(self, nodes: Collection[str], until: datetime) -> tuple[Metric, ...]: ...
+
 
 class Nodes(Protocol):
     """The nodes as they report themselves: :class:`patchpilot.valkey.nodes.Nodes`."""
+
+    @property
+    def address(self) -> tuple[str, int]: ...
 
     def endpoint(self) -> Report: ...
 
@@ -55,6 +101,19 @@ class Recovery(Protocol):
 
     def repeated_starts(self, age: timedelta) -> Sequence[Mapping[str, Any]]:
         """Callbacks that were started again within the last ``age`` because a worker died inside them."""
+
+
+class Workers(Protocol):
+    """Who consumes from the broker: :class:`patchpilot.workers.Workers`."""
+
+    def look(self, queues: Collection[str] = ()) -> Fleet:
+        """Who is there, what each says of itself, and how full the queues are. Changes nothing."""
+
+    def release(self, to: Mapping[str, str]) -> dict[str, str]:
+        """Send a canary task and a canary chord to each. Instance -> serialiser; instance -> the token to come back."""
+
+    def tidy(self, sent: Mapping[str, str]) -> None:
+        """Remove what is left of canaries."""
 
 
 class Reports(Protocol):
@@ -79,16 +138,29 @@ class Desk:
     cloud: Cloud
     nodes: Nodes | None
     """None for a cluster without an endpoint in the configuration."""
+    monitoring: Monitoring
     recovery: Recovery | None
     """None for a cluster that is no broker: there is nothing to recover."""
+    workers: Workers | None
+    """Likewise."""
     reports: Reports
     schema: Callable[[], str | None]
     """What is wrong with PostgreSQL's schema: :func:`patchpilot.postgres.journal.outdated`."""
     runbook: Runbook
     window: Window
-    update: str | None = None
-    """The service update asked for; None for the newest one that applies."""
+    order: Order = field(default_factory=Order)
+    """What the run was asked to do."""
+    environment: str = "default"
+    requests: Callable[[], Sequence[Request]] = tuple
+    """What people have asked of this run so far, oldest first."""
+    recall: Callable[[str], Mapping[str, Any] | None] = lambda _: None
+    """The plan with this digest, if one was made for this cluster."""
+    gauge: Gauge | None = None
+    metrics: bool = True
+    """Whether pre-flight reads CloudWatch's metrics; alarms it always reads."""
+    waivers: Mapping[str, str] = field(default_factory=dict)
+    """The checks that somebody answers for, and why."""
 
     def __post_init__(self) -> None:
-        if self.role == "broker" and (self.nodes is None or self.recovery is None):
-            raise Corrupt(f"cluster {self.cluster!r} is a broker: its endpoint and recovery are needed")
+        if self.role == "broker" and None in (self.nodes, self.recovery, self.workers):
+            raise Corrupt(f"cluster {self.cluster!r} is a broker: its endpoint, recovery and workers are needed")

@@ -5,29 +5,40 @@ Nothing here changes the cluster, so a resumed run begins with it again, until t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
+
 from patchpilot import __version__
+from patchpilot.elasticache.facts import Node
 from patchpilot.engine.plan import Contradicted, Data, Effect, Observation, Phase, Reached, Step, View
 from patchpilot.errors import Blocked, NothingToDo
 from patchpilot.phases.checks import Check, Situation, blocking, judge
-from patchpilot.phases.choice import choose
 from patchpilot.phases.cures import cure, recover
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
-from patchpilot.phases.readings import read_endpoint, read_members
+from patchpilot.phases.operations import operation
+from patchpilot.phases.proofs import before
+from patchpilot.phases.proposal import HoldToPlan, offered
+from patchpilot.phases.readings import known, read_endpoint, read_members
+from patchpilot.recovery.findings import Finding
+
+PATIENCE = timedelta(minutes=2)
+"""How long whoever does not answer is asked again before what only one check needs counts as unknown."""
 
 
 class Preflight(Phase):
     """Check that patching is safe, and recover what is stuck."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("preflight", "check that patching is safe", (Readiness(desk), RecoverBeforehand(desk)))
+        steps = (HoldToPlan(desk), Readiness(desk), RecoverBeforehand(desk))
+        super().__init__("preflight", "check that patching is safe", steps)
 
 
 class Readiness(Step):
     """Every check passes, or only warns."""
 
     name = "readiness"
-    title = "check the group, its nodes, the update and PostgreSQL"
+    title = "check the group, the update, the data, the alarms and the workers"
     volatile = True
 
     def __init__(self, desk: Desk) -> None:
@@ -41,7 +52,7 @@ class Readiness(Step):
             "cluster": desk.cluster,
             "group": desk.group,
             "role": desk.role,
-            "asked": desk.update,
+            "asked": desk.order.update,
             "grace": desk.runbook.grace.total_seconds(),
             "window": noted(desk.window),
         }
@@ -51,17 +62,22 @@ class Readiness(Step):
             situation = read(self._desk, view)
         except NothingToDo as error:
             return Contradicted(error)
-        checks = judge(situation)
+        checks = judge(situation, self._desk.waivers)
         failed = blocking(checks, self._desk.role)
+        said = {"checks": noted(checks), "waivers": dict(self._desk.waivers)}
         if failed:
-            return Contradicted(_refusal(failed), seen={"checks": noted(checks)})
+            return Contradicted(refusal(failed), seen=said)
         return Reached({
-            "checks": noted(checks),
+            **said,
+            "operation": situation.choice.operation,
+            "aim": dict(situation.choice.aim),
+            "what": situation.choice.what,
             "update": noted(situation.choice.update),
-            "action": noted(situation.choice.action),
+            "action": noted(situation.choice.action) if situation.choice.is_update else None,
             "adopted": situation.choice.adopted,
             "group": noted(situation.group),
-            "versions": {node.node: node.engine_version for node in situation.nodes},
+            "versions": _versions(situation),
+            "before": before(situation),
         })  # fmt: skip
 
 
@@ -86,26 +102,62 @@ class RecoverBeforehand(Step):
 def read(desk: Desk, view: View) -> Situation:
     """Everything the checks look at.
 
+    What only one check needs may stay unknown. Whoever does not answer is given some time for it: a check is unknown
+    because of that only if it goes on.
+
     :raises NothingToDo: no update applies.
     :raises Transient: AWS or PostgreSQL could not be asked. Nodes that could not are part of the situation.
     """
     actions = desk.cloud.update_actions(desk.group)
     # The group first: of one that does not exist AWS lists no update action either, and that is not "nothing to do".
     group = desk.cloud.group(desk.group)
-    choice = choose(actions, desk.cloud.service_updates(), view.now, desk.update)
+    patient = view.now < view.since + PATIENCE
+    updates = known(desk.cloud.service_updates, patient=patient)
+    nodes = known(lambda: desk.cloud.nodes(group), patient=patient)
+    choice = operation(desk).choose(offered(group, nodes, actions, updates), view.now)
+    members = [member.node for member in group.members]
     return Situation(
         now=view.now,
         role=desk.role,
         group=group,
-        nodes=desk.cloud.nodes(group),
         actions=actions,
         choice=choice,
+        updates=updates,
+        nodes=nodes,
+        elsewhere=known(desk.cloud.in_flight, patient=patient),
+        parameters=_parameters(desk, nodes, patient),
+        snapshots=known(lambda: desk.cloud.snapshots(desk.group), patient=patient),
+        history=known(lambda: desk.cloud.history(group, view.now), patient=patient),
+        alarms=known(lambda: desk.monitoring.alarms([desk.group, *members]), patient=patient),
+        metrics=known(lambda: desk.monitoring.metrics(members, view.now), patient=patient) if desk.metrics else None,
+        address=desk.nodes.address if desk.nodes else None,
         endpoint=read_endpoint(desk),
         members=read_members(desk, group),
+        fleet=known(desk.workers.look, patient=patient) if desk.workers else None,
+        stuck=_stuck(desk, patient),
         schema=desk.schema(),
     )
 
 
-def _refusal(failed: tuple[Check, ...]) -> Blocked:
+def _parameters(desk: Desk, nodes: tuple[Node, ...] | str, patient: bool) -> Mapping[str, str] | str:
+    if isinstance(nodes, str):
+        return nodes
+    names = sorted({node.parameter_group for node in nodes})
+    if len(names) != 1 or not names[0]:
+        return f"the nodes have no parameter group in common: {', '.join(filter(None, names)) or 'AWS names none'}"
+    return known(lambda: desk.cloud.parameters(names[0]), patient=patient)
+
+
+def _stuck(desk: Desk, patient: bool) -> tuple[Finding, ...] | str | None:
+    recovery = desk.recovery
+    return known(lambda: recovery.survey(desk.window), patient=patient) if recovery else None
+
+
+def _versions(situation: Situation) -> dict[str, str]:
+    return {} if isinstance(situation.nodes, str) else {node.node: node.engine_version for node in situation.nodes}
+
+
+def refusal(failed: tuple[Check, ...]) -> Blocked:
+    """Why not to go on, in one line."""
     parts = [f"{check.name}: {check.evidence} ({check.mend})" for check in failed]
     return Blocked(f"pre-flight refuses: {'; '.join(parts)}")

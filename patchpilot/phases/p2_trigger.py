@@ -1,152 +1,200 @@
-"""Phase 2: start the update, once.
+"""Phase 2: start the operation, once.
 
-``BatchApplyUpdateAction`` has no idempotency token and AWS does not say what applying twice does. So: look first, apply
-only from ``not-applied``, ``stopped`` or ``scheduled``, and after an interrupted call give AWS a settling time to show
-what it did before concluding that it did nothing.
+No request that starts one has an idempotency token, and AWS does not say what a second one does. So: look first, ask
+only if nothing runs, and after an interrupted request give AWS a settling time to show what it did before concluding
+that it did nothing. A run can be told to wait here for somebody's approval.
 """
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from patchpilot.elasticache.facts import APPLICABLE, IN_FLIGHT, UpdateAction, UpdateStatus
 from patchpilot.engine.plan import Attempt, Contradicted, Data, Effect, NotYet, Observation, Phase, Reached, Step, View
-from patchpilot.errors import NeedsOperator, NothingToDo, Unsafe
+from patchpilot.engine.requests import stop
+from patchpilot.errors import Aborted, Blocked, NeedsOperator, NothingToDo, Throttled, Unsafe
+from patchpilot.phases.approve import Approve
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.notes import clock_time, noted
+from patchpilot.phases.notes import clock_time, length, noted
+from patchpilot.phases.operations import Operation, Sign, Standing, operation
+from patchpilot.phases.proposal import changes, propose
+from patchpilot.phases.rotation import ASTRAY
+from patchpilot.phases.sight import Sight, look_around
 from patchpilot.settings import Runbook
 
 ACKNOWLEDGED = 10
-"""How many settling times AWS has to show an update that it has accepted: nothing is risked by waiting for that."""
+"""How many settling times AWS has to show what it has accepted: nothing is risked by waiting for that."""
+
+LOOKBACK = timedelta(hours=1)
+"""How far back to look for signs of what was there before."""
 
 
 class Trigger(Phase):
-    """Start the update."""
+    """Start the operation."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("trigger", "start the update", (Apply(desk),))
+        super().__init__("trigger", "start the operation", (Approve(desk), Apply(desk)))
 
 
 class Apply(Step):
-    """The update runs, whoever started it."""
+    """The operation runs, whoever started it."""
 
     name = "trigger"
-    title = "start the update, unless it runs already"
     effect = Effect.OBSERVABLE
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        self._operation = operation(desk)
+        self.title = self._operation.begins
 
     def intend(self, view: View) -> Data:
-        """The baseline: what was so before anything was done."""
-        group = self._desk.cloud.group(self._desk.group)
-        action = find(self._desk, _update(view))
+        """The baseline: what was so before anything was done. Whoever only observes keeps the first one."""
+        if view.intent and not self._operation.acts:
+            return view.intent
+        sight = self._look(view.now, view.now - LOOKBACK)
+        aim: Data = view.facts["readiness"]["aim"]
         return {
-            "update": _update(view),
-            "status": action.status if action else None,
-            "nodes": noted(action.nodes) if action else [],
-            "primary": group.primary,
-            "members": [member.node for member in group.members],
+            "aim": dict(aim),
+            "group": sight.group.status,
+            "primary": sight.group.primary,
+            "members": [member.node for member in sight.group.members],
+            **self._operation.baseline(aim, sight),
         }
 
     def observe(self, view: View) -> Observation:
-        return look(view, find(self._desk, view.intent["update"]), self._desk.runbook)
+        sight = self._look(view.now, (view.intended_at or view.now) - ASTRAY)
+        at = self._operation.standing(view.intent, sight, tried=_tried(view))
+        seen = look(view, at, self._desk.runbook, self._operation)
+        if isinstance(seen, Reached):
+            return Reached({**seen.fact, "held_to": self._desk.order.plan}, seen.say)
+        if isinstance(seen, NotYet) and not _tried(view) and (request := stop(self._desk.requests())):
+            return Contradicted(Aborted(f"ended before anything was started: {request}"))
+        return self._held_back(view) or seen if _starts(seen) else seen
 
     def act(self, view: View) -> Data:
-        update = view.intent["update"]
-        answer = self._desk.cloud.apply(update, self._desk.group)
+        try:
+            answer = self._operation.start(view.intent)
+        except Throttled as error:
+            return {"refused": str(error), "again": True}
+        except NeedsOperator as error:
+            return {"refused": str(error)}
         if answer.unprocessed is not None:
             return {"refused": f"{answer.unprocessed.error_type}: {answer.unprocessed.error_message}"}
         return {"status": answer.status}
 
+    def _look(self, now: datetime, since: datetime) -> Sight:
+        kind = self._operation
+        return look_around(
+            self._desk, now, since=since if kind.by_events else None, actions=kind.by_actions, nodes=kind.by_nodes
+        )
 
-def find(desk: Desk, update: str) -> UpdateAction | None:
-    """The update action, or None while AWS does not list it: unknown then, neither done nor undone."""
-    return next((action for action in desk.cloud.update_actions(desk.group) if action.update == update), None)
-
-
-def look(view: View, action: UpdateAction | None, runbook: Runbook) -> Observation:
-    """What to make of the update action. Pure."""
-    if action is None:
-        return _wait(view, runbook.stall, "AWS does not list the update for this group at the moment")
-    if action.status in IN_FLIGHT or action.status == UpdateStatus.COMPLETE:
-        return Reached(_started(view, action))
-    if action.status == UpdateStatus.SCHEDULING:
-        return _wait(view, runbook.stall, "AWS is scheduling the update by itself")
-    if action.status == UpdateStatus.NOT_APPLICABLE:
-        return Contradicted(_superseded(view, action))
-    if action.status not in APPLICABLE:
-        return Contradicted(Unsafe(f"AWS reports the update as {action.status!r}, which this version does not know"))
-    return _not_started(view, action, runbook)
+    def _held_back(self, view: View) -> Observation | None:
+        """Why the request may not be made, now that all else is ready for it."""
+        bound = view.facts["approve"].get("proposal") or view.facts["plan"].get("held")
+        if bound is None or _tried(view):
+            return None
+        different = changes(bound, propose(self._desk, view.now))
+        why = f"the world has changed since this was agreed to: {different}"
+        return Contradicted(Blocked(why)) if different else None
 
 
-def _not_started(view: View, action: UpdateAction, runbook: Runbook) -> Observation:
+def look(view: View, at: Standing, runbook: Runbook, kind: Operation) -> Observation:
+    """What to make of how the operation stands. Pure."""
+    match at.sign:
+        case Sign.UNKNOWN | Sign.BUSY:
+            return _wait(view, runbook.stall, at.why)
+        case Sign.RUNNING | Sign.OVER:
+            return Reached(_started(view, at), say=_told(view, at))
+        case Sign.IMPOSSIBLE:
+            return Contradicted(at.error or Unsafe(at.why))
+    if not kind.acts:
+        return _await_others(view, runbook.observe)
+    return _not_started(view, at, runbook.settle, kind.settles, runbook.stall)
+
+
+def _not_started(view: View, at: Standing, settle: timedelta, settles: int, bound: timedelta) -> Observation:
     last = view.attempts[-1] if view.attempts else None
     if last is None or (last.refused and last.at < view.since):
-        return NotYet(f"{action.update} is {action.status}", act=True)
+        return NotYet(f"it is {at.status}", act=True)
     if last.refused:
-        return _after_refusal(view, last, runbook.settle)
+        return _after_refusal(view, last, settle)
     if last.interrupted:
-        if view.now < last.at + runbook.settle:
-            return NotYet(f"{_tried(last)}; does AWS show it?", until=last.at + runbook.settle)
-        return _wait(view, runbook.stall, f"{_tried(last)} and AWS shows nothing of it", act=True)
-    if view.now < last.at + ACKNOWLEDGED * runbook.settle:
-        return NotYet(f"AWS accepted the update and still shows it as {action.status}")
+        if view.now < last.at + settles * settle:
+            return NotYet(f"{_request(last)}; does AWS show it?", until=last.at + settles * settle)
+        return _wait(view, bound, f"{_request(last)} and AWS shows nothing of it", act=True)
+    if view.now < last.at + ACKNOWLEDGED * settle:
+        return NotYet(f"AWS accepted the request and still shows it as {at.status}")
     return Contradicted(Unsafe(
-        f"AWS accepted {action.update} at {clock_time(last.at)} and still shows it as {action.status}: look at the "
-        "group in the console; once the update runs, or has been applied by hand, run the same command again"
+        f"AWS accepted the request of {clock_time(last.at)} and still shows it as {at.status}: look at the "
+        "group in the console; once it runs, or has been done by hand, run the same command again"
     ))  # fmt: skip
 
 
 def _after_refusal(view: View, last: Attempt, settle: timedelta) -> Observation:
-    """Somebody else may have been quicker: then AWS shows it soon."""
-    refusal = (last.outcome or {}).get("refused", "")
-    if view.now < last.at + settle:
-        return NotYet(f"AWS refused ({refusal}); does it run all the same?", until=last.at + settle)
-    return Contradicted(NeedsOperator(f"AWS refuses to start the update: {refusal}"))
+    """Somebody else may have been quicker: then AWS shows it soon. What was only too much at once is tried again."""
+    outcome = last.outcome or {}
+    refusal = outcome.get("refused", "")
+    if outcome.get("again") and view.now >= last.at + settle:
+        return _wait(view, ACKNOWLEDGED * settle, refusal, act=True)
+    # AWS's words are free text, so nothing rests on them but how long to look for what they say.
+    patience = ACKNOWLEDGED * settle if "already" in refusal.lower() else settle
+    if view.now < last.at + patience:
+        return NotYet(f"AWS refused ({refusal}); does it run all the same?", until=last.at + patience)
+    return Contradicted(NeedsOperator(f"AWS refuses to start it: {refusal}"))
+
+
+def _await_others(view: View, patience: timedelta) -> Observation:
+    began = datetime.fromisoformat(view.intent["drawn"])
+    if view.now < began + patience:
+        return NotYet(f"nothing has begun yet; waiting for {length(began + patience - view.now)} more")
+    return Contradicted(NothingToDo(f"nothing began within {length(patience)}"))
 
 
 def _wait(view: View, bound: timedelta, why: str, *, act: bool = False) -> Observation:
-    """Go on as long as ``bound`` allows, since the step began or since it last gave up."""
-    began = max(filter(None, (view.intended_at, view.contradicted_at)), default=view.since)
+    """Go on as long as ``bound`` allows, since somebody began to look or the step last gave up."""
+    began = max(filter(None, (view.since, view.contradicted_at)))
     if view.now < began + bound:
         return NotYet(why, act=act)
     return Contradicted(Unsafe(f"{why}; so it has been since {clock_time(began)}: look at the group in the console"))
 
 
-def _superseded(view: View, action: UpdateAction) -> NothingToDo | Unsafe:
-    why = f"{action.update} no longer applies to this group; a newer update may have superseded it"
-    if any(not attempt.refused for attempt in view.attempts):
-        return Unsafe(f"{why}, after it was triggered: look at the group in the console")
-    return NothingToDo(why)
-
-
-def _started(view: View, action: UpdateAction) -> Data:
+def _started(view: View, at: Standing) -> Data:
     tried = [attempt for attempt in view.attempts if not attempt.refused]
+    # An interrupted request may never have arrived: then AWS was quicker, and says so.
+    ours = bool(tried) and set(at.initiated_by) != {"system"}
     return {
-        "update": action.update,
-        "how": "applied" if tried else "adopted",
+        "update": at.update,
+        "how": "applied" if ours else "adopted",
         "attempts": len(tried),
-        "initiated_by": sorted({node.initiated_by for node in action.nodes if node.initiated_by}),
-        "since": noted(_began(view, action)),
+        "initiated_by": list(at.initiated_by),
+        "since": noted(_began(view, at)),
         "primary": view.intent["primary"],
         "members": view.intent["members"],
-        "status": action.status,
+        "status": at.status,
+        "baseline": dict(view.intent),
     }
 
 
-def _began(view: View, action: UpdateAction) -> datetime:
-    """From when on events may belong to this update."""
-    if view.attempts:
-        return view.attempts[0].at
-    dates = [date for node in action.nodes for date in (node.initiated, node.started) if date]
-    return min([*dates, view.now])
+def _told(view: View, at: Standing) -> str:
+    """For whoever looks on: an operation that somebody else started."""
+    if _started(view, at)["how"] == "applied":
+        return ""
+    who = f", started by {' and '.join(at.initiated_by)}" if at.initiated_by else ""
+    return f"adopted: it is {at.status}{who}"
 
 
-def _tried(attempt: Attempt) -> str:
+def _began(view: View, at: Standing) -> datetime:
+    """From when on events may belong to this operation."""
+    return view.attempts[0].at if view.attempts else min(filter(None, (at.began, view.now)))
+
+
+def _tried(view: View) -> bool:
+    """Whether there was a request that AWS may have followed."""
+    return any(not attempt.refused for attempt in view.attempts)
+
+
+def _starts(seen: Observation) -> bool:
+    return isinstance(seen, NotYet) and seen.act
+
+
+def _request(attempt: Attempt) -> str:
     return f"the request of {clock_time(attempt.at)} was interrupted"
-
-
-def _update(view: View) -> str:
-    update: str = view.facts["readiness"]["action"]["update"]
-    return update

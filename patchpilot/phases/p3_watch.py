@@ -1,100 +1,184 @@
-"""Phase 3: follow the rotation until AWS has updated every node.
+"""Phase 3: follow the rotation until it is over on every node, and stop it if it has to be stopped.
 
-Completion comes from the update action, node by node; events corroborate and are not needed. Failovers come from events
-or, where AWS tells of none, from the roles of the nodes.
+Completion comes from what AWS shows of the operation, node by node; events corroborate and are not needed. Failovers
+come from the nodes' own word, from events, or from the roles that AWS shows, whichever tells first.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Mapping
 
-from patchpilot.elasticache.facts import Event, Group, UpdateAction, UpdateStatus
-from patchpilot.engine.plan import Contradicted, NotYet, Observation, Phase, Reached, Step, View
-from patchpilot.errors import NeedsOperator, PatchpilotError, Unsafe
+from patchpilot.elasticache.facts import UpdateStatus
+from patchpilot.engine.plan import Contradicted, Data, Effect, NotYet, Observation, Phase, Reached, Step, View
+from patchpilot.errors import NeedsOperator, Throttled
+from patchpilot.phases.abort import reason_to_stop
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.notes import length, moment, noted
-from patchpilot.phases.p2_trigger import find
-from patchpilot.phases.rotation import SKEW, Rotation
+from patchpilot.phases.following import Followed, ended_early, stalled
+from patchpilot.phases.notes import moment, noted
+from patchpilot.phases.operations import Operation, Sign, Standing, operation
+from patchpilot.phases.rotation import Rotation
+from patchpilot.phases.sight import Sight, look_around
 from patchpilot.settings import Runbook
+
+RESTING = frozenset({Sign.OVER, Sign.STOPPED, Sign.IMPOSSIBLE, Sign.READY})
+"""Signs that nothing of the operation is under way."""
+
+REPEAT = 10
+"""How many settling times to wait before asking again to stop what AWS has promised to stop: that does no harm."""
 
 
 class Watch(Phase):
     """Follow the rotation."""
 
     def __init__(self, desk: Desk) -> None:
-        super().__init__("watch", "follow the rotation", (FollowRotation(desk),))
+        super().__init__("watch", "follow the rotation", (FollowRotation(desk), StopRotation(desk)))
 
 
-class FollowRotation(Step):
-    """The update is complete on every node, and the group is available again."""
+def rotated(facts: Mapping[str, Data]) -> Data:
+    """What is known of the rotation once it is over: by the watch, or by the step that stopped it."""
+    return facts["stop"] if "rotation" in facts["stop"] else facts["watch"]
 
-    name = "watch"
-    title = "follow the rotation until every node is updated"
+
+class _Following(Step):
+    """Looks at the group again and again, and remembers what it saw."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        self._operation = operation(desk)
+        self._last: Rotation | None = None
+
+    def _look(self, view: View) -> tuple[Standing, Sight, Followed]:
+        trigger, kind = view.facts["trigger"], self._operation
+        sight = look_around(
+            self._desk, view.now, since=moment(trigger["since"]), actions=kind.by_actions, nodes=kind.by_nodes,
+            reports=True,
+        )  # fmt: skip
+        known = self._known(view)
+        at = kind.standing(_baseline(trigger, known), sight, tried=True)
+        followed = Followed.of(known, self._last).follow(at, sight)
+        self._last = followed.rotation
+        return at, sight, followed
+
+    def _known(self, view: View) -> Data:
+        """What was seen before this look; at first, what the trigger left."""
+        trigger = view.facts["trigger"]
+        return view.seen or {
+            "rotation": Rotation.begin(trigger["primary"], moment(trigger["since"])).note(),
+            "update": trigger["update"],
+        }
+
+
+def _baseline(trigger: Data, known: Data) -> Data:
+    """The trigger's, and that the operation has begun, with what it turned out to be."""
+    return {**trigger["baseline"], "begun": True, "followed": known.get("update")}
+
+
+class FollowRotation(_Following):
+    """The rotation is over on every node, and the group is available again; or it has to be stopped."""
+
+    name = "watch"
+    title = "follow the rotation until every node is done"
 
     def observe(self, view: View) -> Observation:
-        trigger = view.facts["trigger"]
-        action = find(self._desk, trigger["update"])
-        group = self._desk.cloud.group(self._desk.group)
-        happened = events(self._desk, group, moment(trigger["since"]), view.now)
-        return look(view, action, group, happened, self._desk.runbook)
-
-
-def events(desk: Desk, group: Group, since: datetime, now: datetime) -> tuple[Event, ...]:
-    """All events of the group and its nodes since shortly before ``since``: windows that overlap as far as can be."""
-    sources = {desk.group, *(member.node for member in group.members)}
-    return desk.cloud.events(sources, since - SKEW, now)
+        at, sight, followed = self._look(view)
+        too_late = at.sign is Sign.OVER and (self._operation.acts or at.update is not None)
+        stop = None if too_late else reason_to_stop(self._desk, at, view.now)
+        aside = ""
+        if stop and not self._operation.stoppable:
+            aside, stop = f"; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
+        return look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
 
 
 def look(
-    view: View, action: UpdateAction | None, group: Group, happened: tuple[Event, ...], runbook: Runbook
-) -> Observation:
-    """What to make of one look at the group. Pure."""
-    rotation = _known(view).follow(group.primary, happened, view.now)
-    seen = {
-        "status": action.status if action else None,
-        "group": group.status,
-        "nodes": {node.node: noted(node) for node in action.nodes} if action else view.seen.get("nodes", {}),
-        "rotation": rotation.note(),
+    view: View, at: Standing, sight: Sight, followed: Followed, runbook: Runbook, kind: Operation,
+    stop: Data | None = None, aside: str = "",
+) -> Observation:  # fmt: skip
+    """What to make of one look at the group. Pure.
+
+    :param stop: why the rotation has to be stopped, if it has to be.
+    :param aside: what else to say to whoever looks on.
+    """
+    seen = followed.note()
+    if stop is not None:
+        return Reached({**_end(view, sight, seen, at), "abort": dict(stop)}, say=f"it has to be stopped: {stop['why']}")
+    over = at.sign is Sign.OVER or (at.sign is Sign.STOPPED and not kind.acts)
+    error = stalled(view, at, followed, runbook) or (None if over else ended_early(view, at, followed, runbook))
+    if over and sight.group.available:
+        confirmed = followed.since(view.now) + kind.confirmed_after(at, runbook)
+        if view.now >= confirmed:
+            return Reached(_end(view, sight, seen, at))
+        return NotYet(f"{followed.line(at)}; waiting to be sure that it is over", until=confirmed, seen=seen)
+    return Contradicted(error, seen) if error else NotYet(followed.line(at) + aside, seen=seen)
+
+
+def _end(view: View, sight: Sight, seen: Data, at: Standing) -> Data:
+    return {
+        **seen,
+        "completed": noted(view.now),
+        "events": noted(sight.events),
+        "sla_met": at.detail.get("sla_met"),
     }
-    if action is not None and action.complete and group.available:
-        return Reached({**seen, "completed": noted(view.now), "events": noted(happened), "sla_met": action.sla_met})
-    problem = _problem(view, action, runbook)
-    return Contradicted(problem, seen) if problem else NotYet(_progress(action, group, rotation), seen=seen)
 
 
-def _known(view: View) -> Rotation:
-    if view.seen:
-        return Rotation.of(view.seen["rotation"])
-    trigger = view.facts["trigger"]
-    return Rotation(primary=trigger["primary"], primary_since=moment(trigger["since"]))
+class StopRotation(_Following):
+    """If the rotation had to be stopped: it is at rest, and the group is available again.
+
+    What is only observed, and is no service update, cannot be stopped: then this waits until it has come to rest.
+    Nodes in progress are finished and nothing is rolled back: after the last one the update is complete all the same.
+    """
+
+    name = "stop"
+    title = "stop the update, if it has to be stopped"
+    effect = Effect.OBSERVABLE
+
+    def intend(self, view: View) -> Data:
+        watched = view.facts["watch"]
+        why = (watched.get("abort") or {}).get("why")
+        return {"why": why, "update": watched.get("update"), "status": watched["status"]}
+
+    def observe(self, view: View) -> Observation:
+        if not view.facts["watch"].get("abort"):
+            return Reached({"needed": False})
+        at, sight, followed = self._look(view)
+        return wind_down(view, at, sight, followed, self._desk.runbook)
+
+    def act(self, view: View) -> Data:
+        try:
+            answer = self._desk.cloud.stop(view.intent["update"], self._desk.group)
+        except (NeedsOperator, Throttled) as error:
+            return {"refused": str(error)}
+        if answer.unprocessed is not None:
+            return {"refused": f"{answer.unprocessed.error_type}: {answer.unprocessed.error_message}"}
+        return {"status": answer.status}
+
+    def _known(self, view: View) -> Data:
+        return view.seen or view.facts["watch"]
 
 
-def _problem(view: View, action: UpdateAction | None, runbook: Runbook) -> PatchpilotError | None:
-    """Why waiting on would be wrong."""
-    if action is not None and action.status == UpdateStatus.STOPPED:
-        return NeedsOperator(
-            f"somebody stopped {action.update} ({action.nodes_updated} nodes are updated): apply it again with `aws "
-            f"elasticache batch-apply-update-action --service-update-name {action.update} --replication-group-ids "
-            f"{action.group}`, then run the same command again"
-        )
-    if action is not None and action.status == UpdateStatus.NOT_APPLICABLE:
-        return Unsafe(f"{action.update} ceased to apply while it ran: look at the group in the console")
-    began = max(filter(None, (view.intended_at, view.contradicted_at)), default=view.since)
-    if view.now >= began + runbook.stall:
-        return Unsafe(
-            f"the rotation has not come to its end within {length(runbook.stall)}: look at the group in the console; "
-            "the same command goes on watching"
-        )
-    return None
+def wind_down(view: View, at: Standing, sight: Sight, followed: Followed, runbook: Runbook) -> Observation:
+    """Whether the rotation has come to rest, and whether to ask for that. Pure."""
+    seen = followed.note()
+    if at.sign in RESTING and sight.group.available:
+        confirmed = followed.since(view.now) + runbook.settle
+        if view.now >= confirmed:
+            return Reached({**_end(view, sight, seen, at), "needed": True, "attempts": len(view.attempts)})
+        return NotYet(f"{followed.line(at)}; waiting to be sure that it has stopped", until=confirmed, seen=seen)
+    going_on = at.sign is Sign.RUNNING and at.status != UpdateStatus.STOPPING
+    if going_on and view.intent["update"] and _ask_again(view, runbook):
+        return NotYet(followed.line(at), act=True, seen=seen)
+    error = stalled(view, at, followed, runbook)
+    return Contradicted(error, seen) if error else NotYet(followed.line(at), seen=seen)
 
 
-def _progress(action: UpdateAction | None, group: Group, rotation: Rotation) -> str:
-    if action is None:
-        return "AWS does not list the update at the moment"
-    done = sum(node.status == UpdateStatus.COMPLETE for node in action.nodes)
-    nodes = ", ".join(f"{node.node} {node.status}" for node in action.nodes)
-    failovers = f"; failovers so far: {len(rotation.failovers)}" if rotation.failovers else ""
-    return f"update {action.status}, {done}/{len(action.nodes)} nodes done ({nodes}); group {group.status}{failovers}"
+def _ask_again(view: View, runbook: Runbook) -> bool:
+    """Whether nobody has asked AWS to stop yet, or so long ago that it cannot have heard."""
+    last = view.attempts[-1] if view.attempts else None
+    if last is None:
+        return True
+    heard = not last.interrupted and not last.refused
+    return view.now >= last.at + (REPEAT if heard else 1) * runbook.settle
+
+
+def outcome(facts: Mapping[str, Data]) -> str:
+    """What to call the end of a run."""
+    return "aborted" if facts["watch"].get("abort") else "done"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from patchpilot.elasticache.facts import Event
 from patchpilot.engine.plan import Data, NotYet, Observation, Phase, Reached, Step, View
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import length, moment, noted
-from patchpilot.phases.p3_watch import events
+from patchpilot.phases.p3_watch import rotated
 from patchpilot.phases.rotation import Rotation
+from patchpilot.phases.sight import look_around
 
 
 class Grace(Phase):
@@ -31,16 +31,22 @@ class WaitOut(Step):
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        self._last: Rotation | None = None
 
     def intend(self, view: View) -> Data:
         """The deadline, before the waiting begins."""
-        watched = view.facts["watch"]
+        watched = rotated(view.facts)
         return terms(Rotation.of(watched["rotation"]), watched["completed"], self._desk.runbook.grace)
 
     def observe(self, view: View) -> Observation:
-        group = self._desk.cloud.group(self._desk.group)
-        happened = events(self._desk, group, moment(view.facts["trigger"]["since"]), view.now)
-        return look(view, group.primary, happened)
+        since = moment(view.facts["trigger"]["since"])
+        sight = look_around(self._desk, view.now, since=since, actions=False, reports=True)
+        before = Rotation.of((view.seen or view.intent)["rotation"])
+        # What this process knows besides what is on record: when the nodes last said who the primary is.
+        self._last = (self._last if self._last == before else before).follow(
+            sight.group.primary, sight.events, view.now, sight.said
+        )
+        return look(view, self._last)
 
 
 def terms(rotation: Rotation, completed: str, grace: timedelta) -> Data:
@@ -55,14 +61,15 @@ def terms(rotation: Rotation, completed: str, grace: timedelta) -> Data:
     }
 
 
-def look(view: View, primary: str | None, happened: tuple[Event, ...]) -> Observation:
-    """Whether the grace is over, or begins anew because there was a further failover. Pure."""
+def look(view: View, rotation: Rotation) -> Observation:
+    """Whether the grace is over, or begins anew because there was a further failover. Pure.
+
+    :param rotation: what is known of the rotation now.
+    """
     known = view.seen or view.intent
-    before = Rotation.of(known["rotation"])
-    rotation = before.follow(primary, happened, view.now)
     now_known = known
-    if rotation != before:
-        now_known = terms(rotation, view.facts["watch"]["completed"], timedelta(seconds=view.intent["grace"]))
+    if rotation != Rotation.of(known["rotation"]):
+        now_known = terms(rotation, rotated(view.facts)["completed"], timedelta(seconds=view.intent["grace"]))
     deadline = moment(now_known["deadline"])
     if view.now >= deadline:
         return Reached({**now_known, "rearmed": len(rotation.failovers) - len(view.intent["rotation"]["failovers"])})

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
+from patchpilot.elasticache.cloudwatch import Alarm
 from patchpilot.elasticache.facts import Group, UpdateAction
-from patchpilot.engine.plan import Contradicted, NotYet, Observation, Phase, Reached, Step, View
+from patchpilot.engine.plan import (
+    Contradicted,
+    Data,
+    Effect,
+    NotYet,
+    Observation,
+    Phase,
+    Reached,
+    Step,
+    View,
+)
 from patchpilot.errors import VerificationFailed
 from patchpilot.phases.desk import Desk
+from patchpilot.phases.goal import find, other_goal
 from patchpilot.phases.notes import length, moment, noted
-from patchpilot.phases.p2_trigger import find
-from patchpilot.phases.readings import read_endpoint, read_members
+from patchpilot.phases.proofs import Before, Claim, Workplace, alarm_claim, can_prove, is_proven, worker_claims
+from patchpilot.phases.readings import known, read_endpoint, read_members
 from patchpilot.recovery.findings import Finding
 from patchpilot.valkey.nodes import Report
+from patchpilot.workers.facts import Depth
+
+FLIGHT = timedelta(minutes=5)
+"""How long a canary may take to come back before another one is sent. It expires later than that."""
 
 
 class Verify(Phase):
@@ -26,19 +42,11 @@ class Verify(Phase):
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One thing that has to be true."""
-
-    name: str
-    holds: bool
-    evidence: str
-
-
-@dataclass(frozen=True)
 class Evidence:
-    """Everything the claims rest on, read at one moment. A string in place of a report says why there is none."""
+    """Everything the claims rest on, read at one moment. A string in place of an answer says why there is none."""
 
     action: UpdateAction | None
+    """None while AWS does not list it, and for an operation that is no service update."""
     group: Group
     endpoint: Report | str | None
     """None for a cluster without an endpoint in the configuration."""
@@ -47,27 +55,52 @@ class Evidence:
     """None for a cluster that is no broker."""
     min_age: timedelta = timedelta()
     """How long something makes no progress before it counts as stuck."""
+    workplace: Workplace | None = None
+    """None for a cluster that is no broker."""
+    alarms: tuple[Alarm, ...] | str = ()
+    before: Before = field(default_factory=Before)
+    goal: Claim | None = None
+    """What is claimed of the operation, if that is not that a service update is complete."""
 
 
 class Prove(Step):
-    """Every claim holds at the same moment."""
+    """Every claim holds at the same moment.
+
+    For that it sends canaries to the workers, looks until they have come back, and at the end of its patience removes
+    what is left of them. A canary that is sent twice, or that nobody waits for any more, does no harm.
+    """
 
     name = "verify"
-    title = "prove that the update is complete, the nodes are well and nothing is stuck"
+    title = "prove that the update is complete, the nodes and workers are well and nothing is stuck"
+    effect = Effect.PUBLISH
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
     def observe(self, view: View) -> Observation:
-        proof = claims(self._read(view))
+        at = self._read(view)
+        proof = claims(at)
         failing = [claim for claim in proof if not claim.holds]
         fact = {"claims": noted(proof), "repeated": self._repeated(view)}
         if not failing:
             return Reached(fact)
         what = "; ".join(f"{claim.name}: {claim.evidence}" for claim in failing)
+        seen = {**view.seen, **_noted(at.workplace), "waiting": _waiting(view, at.workplace)}
         if view.now < view.since + self._desk.runbook.verify_timeout:
-            return NotYet(what)
+            return NotYet(what, act=bool(seen["waiting"]), seen=seen)
+        if _untidy(view):
+            return NotYet(what, act=True, seen={**seen, "waiting": {}})
         return Contradicted(VerificationFailed(f"verification failed: {what}"), seen=fact)
+
+    def act(self, view: View) -> Data:
+        """Send canaries to the workers that wait for one; if none does, the time for canaries is over."""
+        workers = self._desk.workers
+        if workers is None:
+            return {}
+        if view.seen["waiting"]:
+            return {"sent": workers.release(view.seen["waiting"])}
+        workers.tidy(_sent(view))
+        return {"tidied": True}
 
     def _repeated(self, view: View) -> list[Any]:
         """What may have happened twice in part, for the report: no patch undoes half an execution."""
@@ -78,24 +111,78 @@ class Prove(Step):
     def _read(self, view: View) -> Evidence:
         desk = self._desk
         group = desk.cloud.group(desk.group)
+        earlier = Before.of(view.facts["readiness"])
+        nodes = [member.node for member in group.members]
         return Evidence(
             action=find(desk, view.facts["trigger"]["update"]),
+            goal=Claim(*reached) if (reached := other_goal(desk, view)) else None,
             group=group,
             endpoint=read_endpoint(desk) if desk.nodes else None,
             members=read_members(desk, group) if desk.nodes else {},
             stuck=desk.recovery.survey(desk.window) if desk.recovery else None,
             min_age=desk.window.min_age,
+            workplace=self._workplace(view, earlier),
+            alarms=known(lambda: desk.monitoring.alarms([desk.group, *nodes]), patient=True),
+            before=earlier,
         )
+
+    def _workplace(self, view: View, earlier: Before) -> Workplace | None:
+        workers = self._desk.workers
+        if workers is None:
+            return None
+        first = {name: Depth(name, *look) for name, look in view.seen.get("queues", {}).items()}
+        return Workplace(workers.look(earlier.consumed | earlier.idle), earlier, _sent(view), first)
 
 
 def claims(at: Evidence) -> tuple[Claim, ...]:
     """What has to be true, and whether it is. Pure."""
-    proof = [_complete(at.action), _available(at.group)]
+    proof = [at.goal or _complete(at.action), _available(at.group)]
     if at.endpoint is not None:
         proof += [_answers(at.endpoint), _one_primary(at), _replicas_follow(at)]
     if at.stuck is not None:
         proof.append(_nothing_stuck(at.stuck, at.min_age))
-    return tuple(proof)
+    if at.workplace is not None:
+        proof += worker_claims(at.workplace)
+    quiet = alarm_claim(at.alarms, at.before)
+    return (*proof, quiet) if quiet else tuple(proof)
+
+
+def _rounds(view: View) -> list[tuple[datetime, Data]]:
+    """When canaries were sent or tidied away within this patience, and which."""
+    return [(it.at, it.outcome) for it in view.attempts if it.outcome and it.at >= view.since]
+
+
+def _flights(view: View) -> dict[str, tuple[str, datetime]]:
+    """The canaries that were sent: instance -> the token of the last one, and when it left."""
+    flights: dict[str, tuple[str, datetime]] = {}
+    for at, outcome in _rounds(view):
+        flights |= {instance: (token, at) for instance, token in outcome.get("sent", {}).items()}
+    return flights
+
+
+def _sent(view: View) -> dict[str, str]:
+    return {instance: token for instance, (token, _) in _flights(view).items()}
+
+
+def _untidy(view: View) -> bool:
+    """Whether canaries were sent that nobody has tidied away yet."""
+    return bool(_flights(view)) and not _rounds(view)[-1][1].get("tidied")
+
+
+def _waiting(view: View, at: Workplace | None) -> dict[str, str]:
+    """The workers that should be sent a canary: instance -> serialiser."""
+    if at is None:
+        return {}
+    left = {instance for instance, (_, sent_at) in _flights(view).items() if view.now < sent_at + FLIGHT}
+    wanted = [it for it in at.judged if can_prove(it) and it.instance not in left and not is_proven(it, at.sent)]
+    return {worker.instance: worker.serializer for worker in wanted}
+
+
+def _noted(at: Workplace | None) -> Data:
+    """The first look at the queues, to be compared with the later ones."""
+    if at is None or at.first:
+        return {}
+    return {"queues": {depth.queue: [depth.length, depth.oldest] for depth in at.fleet.queues}}
 
 
 def _complete(action: UpdateAction | None) -> Claim:

@@ -1,23 +1,40 @@
-"""Asking the nodes: an answer, or in its place the reason why there is none."""
+"""Asking: an answer, or in its place the reason why there is none."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from patchpilot.elasticache.facts import Group
-from patchpilot.errors import Transient
+from patchpilot.errors import Refused, Transient
 from patchpilot.phases.desk import Desk
 from patchpilot.valkey.nodes import Report
 
+T = TypeVar("T")
+
 UNCONFIGURED = "no endpoint is configured"
+
+
+def known(ask: Callable[[], T], *, patient: bool = False) -> T | str:
+    """What ``ask`` answers, or why it does not: a request that is refused says something about this request alone.
+
+    :param patient: let :class:`~patchpilot.errors.Transient` through, so that somebody tries again later.
+    """
+    try:
+        return ask()
+    except Refused as error:
+        return str(error)
+    except Transient as error:
+        if patient:
+            raise
+        return str(error)
 
 
 def read_endpoint(desk: Desk) -> Report | str:
     """What whoever answers at the primary endpoint says of itself."""
     if desk.nodes is None:
         return UNCONFIGURED
-    try:
-        return desk.nodes.endpoint()
-    except Transient as error:
-        return str(error)
+    return known(desk.nodes.endpoint)
 
 
 def read_members(desk: Desk, group: Group) -> dict[str, Report | str]:
@@ -26,9 +43,5 @@ def read_members(desk: Desk, group: Group) -> dict[str, Report | str]:
 
 
 def _read_member(desk: Desk, host: str, port: int) -> Report | str:
-    if desk.nodes is None:
-        return UNCONFIGURED
-    try:
-        return desk.nodes.member(host, port)
-    except Transient as error:
-        return str(error)
+    nodes = desk.nodes
+    return known(lambda: nodes.member(host, port)) if nodes else UNCONFIGURED

@@ -1,23 +1,30 @@
-"""Following a rotation: which failovers there were, from events and from the roles of the nodes. Pure.
+"""Following a rotation: which failovers there were, from events, from AWS's roles and from the nodes themselves. Pure.
 
 A service update emits no event of its own, and AWS bounds neither how late an event appears nor how stale an answer is.
-So a failover counts as soon as either source shows it, and once when both do.
+So a failover counts as soon as any source shows it, and once when several do. The nodes' own word is never late; where
+they give it, AWS's roles are not needed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from patchpilot.elasticache.facts import Event
 from patchpilot.phases.notes import moment, noted
+from patchpilot.valkey.nodes import Report
 
 # AWS writes both, with and without the old primary, and an event of the group repeats the node's.
 _FAILOVER = re.compile(
     r"Failover (?:from (?:primary|master) node (?P<old>\S+) )?to replica node (?P<new>\S+) completed", re.IGNORECASE
+)
+_SIGNATURE = re.compile(
+    r"Recovering cache nodes|Started recovery|Finished recovery|Failover (?:from|to) |Test Failover API called"
+    r"|Cache node \S+ (?:shutdown|restarted)|Cache cluster patched",
+    re.IGNORECASE,
 )
 
 SAME = timedelta(minutes=2)
@@ -25,7 +32,10 @@ SAME = timedelta(minutes=2)
 have been synchronised and promoted again in less."""
 
 SKEW = timedelta(minutes=1)
-"""How far AWS's clock and ours may be apart."""
+"""How far AWS's clock and ours are usually apart, at most."""
+
+ASTRAY = timedelta(minutes=5)
+"""How far they can be: AWS refuses requests that are signed by a clock further off."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,28 @@ class Failover:
     to: str
     old: str = ""
     told_by: str = "events"
-    """``events``, or ``roles`` if AWS has told of no event: the time is when the new role was first seen then."""
+    """``events``; or ``roles`` if AWS has told of no event: the time is when the new role was first seen then, by the
+    nodes' own word or in AWS's description of the group."""
+    dated: datetime | None = None
+    """The date of the event, if it cannot be right by our clock: the node that was replaced was still the primary."""
+    after: datetime | None = None
+    """When the nodes last said that the old primary was the primary, if that is known."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """The node that calls itself the primary, and the id of its replication history."""
+
+    node: str
+    replid: str = ""
+
+
+def said_by(reports: Mapping[str, Report | str]) -> Said | None:
+    """Who is the primary by the nodes' own word; None if none of them says so, or several do."""
+    primaries = [
+        Said(node, said.replid) for node, said in reports.items() if isinstance(said, Report) and said.role == "primary"
+    ]
+    return primaries[0] if len(primaries) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -50,20 +81,39 @@ class Rotation:
     """When it was first seen."""
     previous: str | None = None
     """The one before."""
+    aws: str | None = None
+    """Who it is as AWS last said, which may lag behind; None while AWS has said nothing but ``primary``."""
+    replid: str = ""
+    """The replication history of the primary, by its own word."""
+    first: str | None = None
+    """Who it was when the rotation began, and when that was: what made that node the primary is no part of it."""
+    began: datetime | None = None
+    still: datetime | None = field(default=None, compare=False)
+    """When the nodes last said that ``primary`` is the primary. Not on record: it would change with every look."""
 
     @classmethod
     def of(cls, note: Mapping[str, Any]) -> Rotation:
         """Read what :meth:`note` wrote."""
         return cls(
-            failovers=tuple(Failover(**{**each, "at": moment(each["at"])}) for each in note["failovers"]),
+            failovers=tuple(_failover(each) for each in note["failovers"]),
             primary=note["primary"],
             primary_since=moment(note["primary_since"]) if note["primary_since"] else None,
             previous=note["previous"],
+            aws=note.get("aws"),
+            replid=note.get("replid", ""),
+            first=note.get("first"),
+            began=moment(note["began"]) if note.get("began") else None,
         )
+
+    @classmethod
+    def begin(cls, primary: str | None, since: datetime) -> Rotation:
+        """Nothing has happened yet."""
+        return cls(primary=primary, primary_since=since, first=primary, began=since)
 
     def note(self) -> dict[str, Any]:
         """As the journal stores it."""
         note: dict[str, Any] = noted(self)
+        del note["still"]
         return note
 
     @property
@@ -71,26 +121,56 @@ class Rotation:
         """The latest failover."""
         return max(self.failovers, key=lambda failover: failover.at, default=None)
 
-    def follow(self, primary: str | None, events: Iterable[Event], now: datetime) -> Rotation:
+    def follow(self, primary: str | None, events: Iterable[Event], now: datetime, said: Said | None = None) -> Rotation:
         """Take a further look into account.
 
         :param primary: who is the primary, as AWS says now; None if it does not say.
         :param events: all events since the baseline. Those seen before may be among them, or missing.
+        :param said: who is the primary, by the nodes' own word.
         """
         known = self.failovers
         for told in filter(None, map(failover, sorted(events))):
-            known = _add(known, told)
-        if primary is None or primary == self.primary or self._is_stale(primary, now):
+            if told.to != self.first or self.began is None or told.at >= self.began:
+                known = _add(known, self._possible(told, now))
+        if said is not None:
+            return replace(self, failovers=known, aws=primary or self.aws)._hear(said, now)
+        if primary is None or primary == (self.aws or self.primary) or self._is_stale(primary, now):
             return replace(self, failovers=known)
+        heard = replace(self, failovers=known, aws=primary)
+        return heard if primary == self.primary else heard._moved(primary, now)
+
+    def _hear(self, said: Said, now: datetime) -> Rotation:
+        if said.node != self.primary:
+            return replace(self._moved(said.node, now), replid=said.replid, still=now)
+        known = self.failovers
+        if self.replid and said.replid and said.replid != self.replid:
+            # The same node with another history: it was restarted, and its replicas and clients begin anew.
+            known = _add(known, Failover(now, said.node, said.node, "roles"))
+        return replace(self, failovers=known, replid=said.replid or self.replid, still=now)
+
+    def _moved(self, primary: str, now: datetime) -> Rotation:
+        """There is another primary; a failover, unless an event has told of it already."""
         changed_after = self.primary_since - SKEW if self.primary_since else None
-        told_of = any(each.to == primary and (not changed_after or each.at >= changed_after) for each in known)
+        told_of = any(each.to == primary and (not changed_after or each.at >= changed_after) for each in self.failovers)
+        known = self.failovers
         if not told_of and self.primary is not None:
-            known = _add(known, Failover(now, primary, self.primary, "roles"))
-        return Rotation(known, primary, now, self.primary)
+            known = _add(known, Failover(now, primary, self.primary, "roles", after=self.still))
+        return replace(self, failovers=known, primary=primary, primary_since=now, previous=self.primary, replid="")
 
     def _is_stale(self, primary: str, now: datetime) -> bool:
         """Whether this is an old answer: AWS's are eventually consistent, and one may be older than the one before."""
         return primary == self.previous and self.primary_since is not None and now < self.primary_since + SAME
+
+    def _possible(self, told: Failover, now: datetime) -> Failover:
+        """``told``, dated now if the nodes said later than its date that it had not happened yet.
+
+        AWS's clock is behind ours then, and a grace that counted from its date would be too short.
+        """
+        heard_of = any(_same(each, told) for each in self.failovers)
+        earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
+        if heard_of or earlier or told.to == self.primary or self.still is None:
+            return told
+        return replace(told, at=now, dated=told.at) if told.at < self.still <= told.at + ASTRAY else told
 
 
 def failover(event: Event) -> Failover | None:
@@ -99,20 +179,41 @@ def failover(event: Event) -> Failover | None:
     return Failover(event.at, found["new"], found["old"] or "") if found else None
 
 
+def is_sign(event: Event) -> bool:
+    """Whether ``event`` is one of those that a rotation leaves, whatever began it."""
+    return _SIGNATURE.search(event.message) is not None
+
+
+def _failover(note: Mapping[str, Any]) -> Failover:
+    dates = {name: moment(note[name]) for name in ("at", "dated", "after") if note.get(name)}
+    return Failover(**{**note, **dates})
+
+
 def _add(known: tuple[Failover, ...], told: Failover) -> tuple[Failover, ...]:
     """``known`` and ``told``, which may be one of them: told again, or told of after its effect was seen."""
     for number, each in enumerate(known):
-        # An event may appear long after the roles showed what happened, but its own date is not later.
-        late = each.told_by == "roles" and told.told_by == "events" and told.at <= each.at + SAME
-        if each.to == told.to and (abs(each.at - told.at) <= SAME or late):
+        if _same(each, told):
             return (*known[:number], _better(each, told), *known[number + 1 :])
     return tuple(sorted((*known, told), key=lambda failover: failover.at))
+
+
+def _same(known: Failover, told: Failover) -> bool:
+    """Whether both are reports of one failover."""
+    # An event may appear long after the roles showed what happened, but its own date is not later.
+    late = known.told_by == "roles" and told.told_by == "events" and _date(told) <= _date(known) + SAME
+    return known.to == told.to and (abs(_date(known) - _date(told)) <= SAME or late)
+
+
+def _date(failover: Failover) -> datetime:
+    return failover.dated or failover.at
 
 
 def _better(one: Failover, other: Failover) -> Failover:
     """Of two reports of one failover: events before roles, then the later time, for the grace begins with it."""
     if one.told_by != other.told_by:
         chosen, rest = (one, other) if one.told_by == "events" else (other, one)
+        if rest.after is not None and chosen.at < rest.after <= chosen.at + ASTRAY:
+            return replace(rest, told_by="events", dated=chosen.at)
     else:
         chosen, rest = (one, other) if one.at >= other.at else (other, one)
     return replace(chosen, old=chosen.old or rest.old)

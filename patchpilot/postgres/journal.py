@@ -60,7 +60,7 @@ class Run:
     cluster: str
     created_at: datetime
     outcome: str | None = None
-    """How it ended: ``done`` or ``nothing-to-do``; None while it is unfinished."""
+    """How it ended: ``done``, ``nothing-to-do`` or ``aborted``; None while it is unfinished."""
     finished_at: datetime | None = None
     lease: Lease | None = None
     """None if the cluster's lease has gone on to a later run."""
@@ -69,11 +69,14 @@ class Run:
 
     @property
     def state(self) -> str:
-        """The outcome; or ``running``; or how it was left: ``paused``, ``contradicted`` or ``interrupted``."""
+        """The outcome; or ``running``; or how it was left: ``paused``, ``contradicted`` or ``interrupted``.
+
+        A run that was told to pause is ``paused`` while its process waits, too.
+        """
         if self.outcome is not None:
             return self.outcome
         if self.lease and self.lease.live:
-            return "running"
+            return "paused" if self.last and self.last.kind is Kind.PAUSED else "running"
         if self.last and self.last.kind in {Kind.PAUSED, Kind.CONTRADICTED}:
             return str(self.last.kind)
         return "interrupted"

@@ -14,25 +14,19 @@ from enum import StrEnum
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
-from patchpilot.backend.heartbeat import EVERY
 from patchpilot.backend.holdings import COMMAND
-from patchpilot.clock import Backoff, Clock
-from patchpilot.errors import Transient
+from patchpilot.clock import Clock
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.findings import Window
 from patchpilot.valkey.broker import Broker
+from patchpilot.workers.asking import Asking
 
 SQL = queries("recovery")
 
 INTERRUPTED_AFTER = timedelta(seconds=10)
 """A worker stores a task's result and then returns its part. If that takes longer than this, it was interrupted."""
-
-ASK_SECONDS = 1.0
-"""How long workers have to answer. They answer from their main process, also while their pool is busy."""
 
 
 class Where(StrEnum):
@@ -172,39 +166,11 @@ class Collector:
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
     def _ask(self, message_ids: set[str]) -> tuple[set[str], frozenset[str], frozenset[str]]:
-        """Which of these messages some worker has, which workers answered, and which are alive and did not.
-
-        A worker that does not answer is waited for until it answers or has not been heard of for so long that it
-        counts as dead. One that lives on in silence (busy, or cut off from the broker) leaves its messages unknown.
-        Workers go by instance: two of them may have the same name.
-        """
-        held: set[str] = set()
-        answered: set[str] = set()
-        patience = Backoff(self._clock, (self._stale + EVERY).total_seconds(), first=0.5)
-        while True:
-            for answer in self._query(message_ids):
-                answered.add(answer["instance"])
-                held.update(answer["held"])
-            silent = self._alive() - answered
-            if not silent or not patience.pause():
-                return held, frozenset(answered), frozenset(silent)
-
-    def _query(self, message_ids: set[str]) -> list[dict[str, Any]]:
-        try:
-            # A connection of its own each time: a pooled one may lead to where the primary was.
-            with self._app.connection_for_write() as connection:
-                replies = self._app.control.broadcast(
-                    COMMAND, arguments={"message_ids": sorted(message_ids)}, reply=True, timeout=ASK_SECONDS,
-                    connection=connection,
-                )  # fmt: skip
-        except (OperationalError, RedisError, OSError) as error:
-            raise Transient(f"the workers cannot be asked, the broker is away: {error}") from error
-        answers = [answer for reply in replies or () for answer in reply.values()]
-        # A worker without this backend does not know the command, and says so.
-        return [answer for answer in answers if isinstance(answer, dict) and "instance" in answer]
-
-    def _alive(self) -> set[str]:
-        return {row["instance"] for row in self._database.fetch(SQL["workers"], {"stale": self._stale}) if row["alive"]}
+        """Which of these messages some worker has, which workers answered, and which are alive and did not."""
+        asking = Asking(self._database, self._app, self._clock, self._stale)
+        answers = asking.ask(COMMAND, {"message_ids": sorted(message_ids)})
+        held = {message_id for answer in answers.by_instance.values() for message_id in answer["held"]}
+        return held, frozenset(answers.by_instance), frozenset(answers.silent)
 
 
 def _settled(row: Row) -> Where:

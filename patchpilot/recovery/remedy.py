@@ -21,9 +21,9 @@ from patchpilot.backend.backend import Backend
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.application import backend_of, standing_in
 from patchpilot.recovery.evidence import Message
 from patchpilot.recovery.findings import Finding, Remedy
+from patchpilot.workers.application import backend_of, standing_in
 
 SQL = queries("recovery")
 

@@ -14,13 +14,14 @@ from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.application import Site, application
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
 from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.valkey.broker import Broker
+from patchpilot.workers.application import Site, application
+from patchpilot.workers.canaries import purge
 
 SQL = queries("recovery")
 
@@ -109,6 +110,7 @@ class Recovery:
         """
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.
         self._database.execute(SQL["distrust_counts"])
+        purge(self._database, self._app("json"))
         evidence = self._collect(window, assume_lost=assume_lost)
         messages = {message.message_id: message for message in evidence.messages}
         ended = [key for key, message in messages.items() if message.where is Where.ENDED]

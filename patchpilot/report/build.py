@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 OWN_PHASE = "report"
 """The phase that writes the report. Its entries are no part of it, or writing it would change it."""
 
+_PREFLIGHT: Mapping[str, Any] = {"checks": [], "waivers": {}}
+
 _STOPPED = {Exit.BLOCKED: "blocked", Exit.VERIFICATION_FAILED: "verification-failed"}
 
 
@@ -51,11 +53,13 @@ def build(entries: Sequence[Entry], run: Run) -> Json:
         "finished_at": _text(ended),
         "seconds": (ended - record.started.at).total_seconds() if ended and record.started else None,
         "phases": phases(told, record),
-        "preflight": {"checks": _latest(record, "readiness").get("checks", [])},
-        "update": _update(facts),
+        "preflight": {key: _latest(record, "readiness").get(key, empty) for key, empty in _PREFLIGHT.items()},
+        "operation": _operation(record, facts),
+        "abort": _abort(facts),
+        "update": _update(record, facts),
         "nodes": _nodes(record, facts),
         "timeline": timeline(told),
-        "failovers": (_latest(record, "grace") or _latest(record, "watch")).get("rotation", {}).get("failovers", []),
+        "failovers": _failovers(record),
         "grace": _grace(record),
         "findings": _findings(facts),
         "remedies": _remedies(facts),
@@ -69,10 +73,11 @@ def build(entries: Sequence[Entry], run: Run) -> Json:
 
 def _outcome(record: RunRecord, told: Sequence[Entry]) -> tuple[str, str | None]:
     """How it ended, and why if it did not end well."""
-    if record.finished and record.finished.data.get("outcome") == "nothing-to-do":
-        return "nothing-to-do", record.finished.data.get("why")
+    if record.finished and "why" in record.finished.data:  # it ended early: nothing to do, or aborted
+        return record.finished.data["outcome"], record.finished.data["why"]
     if record.step("verify").reached:
-        return "done", None
+        abort = _abort(record.facts())
+        return ("aborted", abort["why"]) if abort else ("done", None)
     last = told[-1] if told else None
     if last and last.kind is Kind.CONTRADICTED:
         return _STOPPED.get(last.data.get("exit", Exit.ERROR), "stopped"), last.data.get("why")
@@ -81,9 +86,9 @@ def _outcome(record: RunRecord, told: Sequence[Entry]) -> tuple[str, str | None]
 
 def _ended(record: RunRecord, outcome: str) -> datetime | None:
     proven = record.step("verify").reached
-    if outcome == "done" and proven:
+    if outcome in {"done", "aborted"} and proven:
         return proven.at
-    return record.finished.at if record.finished and outcome == "nothing-to-do" else None
+    return record.finished.at if record.finished and outcome in {"nothing-to-do", "aborted"} else None
 
 
 def _latest(record: RunRecord, step: str) -> Mapping[str, Any]:
@@ -94,11 +99,51 @@ def _latest(record: RunRecord, step: str) -> Mapping[str, Any]:
     return known.seen or (known.intent.data if known.intent else {})
 
 
-def _update(facts: Mapping[str, Any]) -> Json | None:
-    """The service update with its three dates, and how it came to run."""
+def _operation(record: RunRecord, facts: Mapping[str, Any]) -> Json:
+    """What the run was asked to do, what that came to, and who agreed to it."""
+    ready, plan, approved = facts.get("readiness", {}), facts.get("plan", {}), facts.get("approve", {})
+    kind, update = (
+        ready.get("operation") or record.order.get("operation", "service-update"),
+        _rotated(record).get("update"),
+    )
+    return {
+        "kind": kind,
+        "what": f"observation of {update}" if kind == "observe" and update else ready.get("what"),
+        "plan": plan.get("digest"),
+        "held_to": record.order.get("plan"),
+        "approved_by": approved.get("by"),
+        "approved_at": approved.get("at"),
+    }
+
+
+def _abort(facts: Mapping[str, Any]) -> Json | None:
+    """Why the rotation was stopped, and how far it had come."""
+    stopped = facts.get("stop", {})
+    abort = facts.get("watch", {}).get("abort")
+    if not abort:
+        return None
+    return {**abort, "status": stopped.get("status"), "requests": stopped.get("attempts")}
+
+
+def _rotated(record: RunRecord) -> Mapping[str, Any]:
+    """What is known of the rotation: by the step that stopped it, if one did, else by the watch."""
+    stopped = _latest(record, "stop")
+    return stopped if "rotation" in stopped else _latest(record, "watch")
+
+
+def _failovers(record: RunRecord) -> list[Json]:
+    told = (_latest(record, "grace") or _rotated(record)).get("rotation", {}).get("failovers", [])
+    return [{key: each[key] for key in ("at", "to", "old", "told_by")} for each in told]
+
+
+def _update(record: RunRecord, facts: Mapping[str, Any]) -> Json | None:
+    """The service update with its three dates, and how it came to run. None for an operation that is none."""
     if "readiness" not in facts:
         return None
-    ready, trigger, watch = facts["readiness"], facts.get("trigger", {}), facts.get("watch", {})
+    ready, trigger, watch = facts["readiness"], facts.get("trigger", {}), _rotated(record)
+    name = (ready["action"] or {}).get("update") or watch.get("update")
+    if name is None:
+        return None
     rows = watch.get("nodes", {}).values()
     dates = dict.fromkeys(
         ("severity", "kind", "engine", "description", "estimate", "released", "recommended_by", "ends", "automatic")
@@ -106,18 +151,18 @@ def _update(facts: Mapping[str, Any]) -> Json | None:
     return {
         **dates,
         **(ready["update"] or {}),
-        "name": ready["action"]["update"],
-        "status": watch.get("status") or trigger.get("status") or ready["action"]["status"],
+        "name": name,
+        "status": watch.get("status") or trigger.get("status") or (ready["action"] or {}).get("status"),
         "how": trigger.get("how"),
         "attempts": trigger.get("attempts"),
-        "initiated_by": sorted({row["initiated_by"] for row in rows} - {""}) or trigger.get("initiated_by", []),
+        "initiated_by": sorted({row.get("initiated_by", "") for row in rows} - {""}) or trigger.get("initiated_by", []),
         "sla_met": watch.get("sla_met"),
     }
 
 
 def _nodes(record: RunRecord, facts: Mapping[str, Any]) -> list[Json]:
     versions = facts.get("readiness", {}).get("versions", {})
-    rows = _latest(record, "watch").get("nodes", {})
+    rows = _rotated(record).get("nodes", {})
     names = sorted({*versions, *rows})
     return [{**rows.get(name, {}), "node": name, "engine_version_before": versions.get(name)} for name in names]
 

@@ -9,7 +9,8 @@ from typing import Any
 Json = dict[str, Any]
 
 _VERDICTS = {
-    "done": "**Done and proven.** The update is complete on every node, and every claim below held at the same moment.",
+    "done": "**Done and proven.** The operation is complete on every node; every claim below held at the same moment.",
+    "aborted": "**Aborted.** The update was stopped before it was complete, or never begun.",
     "nothing-to-do": "**Nothing to do.** Nothing was changed.",
     "blocked": "**Blocked by pre-flight.** The cluster was not touched.",
     "verification-failed": "**Not proven.** The runbook ran, but not every claim holds. The same command tries again.",
@@ -21,8 +22,8 @@ _VERDICTS = {
 def markdown(report: Json) -> str:
     """The report as Markdown."""
     sections = (
-        _head(report), _claims(report), _update(report), _nodes(report), _failovers(report), _stuck(report),
-        _remedies(report), _repeated(report), _phases(report), _interruptions(report), _checks(report),
+        _head(report), _abort(report), _claims(report), _update(report), _nodes(report), _failovers(report),
+        _stuck(report), _remedies(report), _repeated(report), _phases(report), _interruptions(report), _checks(report),
         _timeline(report),
     )  # fmt: skip
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
@@ -36,6 +37,8 @@ def _head(report: Json) -> list[str]:
         ("Run", report["run_id"]),
         ("Replication group", report["group"]),
         ("Role", report["role"]),
+        ("Operation", report["operation"]["what"] or report["operation"]["kind"]),
+        ("Plan", _plan(report["operation"])),
         ("Started", _at(report["started_at"])),
         ("Finished", _at(report["finished_at"])),
         ("Took", _length(report["seconds"])),
@@ -45,6 +48,26 @@ def _head(report: Json) -> list[str]:
         ("patchpilot", report["version"]),
     ]
     return [*lines, "", *_table(("", ""), facts)]
+
+
+def _plan(operation: Json) -> str | None:
+    """The digest of what was set out for, and who agreed to it."""
+    if operation["plan"] is None:
+        return None
+    held = ", to which the run was held" if operation["held_to"] else ""
+    by = f", approved by {operation['approved_by']}" if operation["approved_by"] else ""
+    return f"{operation['plan']}{held}{by}"
+
+
+def _abort(report: Json) -> list[str]:
+    abort = report["abort"]
+    if not abort:
+        return []
+    how = {0: "it had come to rest by itself", None: "it is being stopped"}.get(
+        abort["requests"], "AWS was asked to stop it"
+    )
+    rows = [("Why", abort["why"]), ("By", abort["by"]), ("How", how), ("Status in the end", abort["status"])]
+    return _section("Aborted", "Nodes in progress were finished; nothing was rolled back.", _table(("", ""), rows))
 
 
 def _claims(report: Json) -> list[str]:
@@ -187,9 +210,15 @@ def _interruptions(report: Json) -> list[str]:
 
 
 def _checks(report: Json) -> list[str]:
-    checks = report["preflight"]["checks"]
-    rows = [(each["name"], each["verdict"], each["evidence"], each["mend"]) for each in checks]
-    return _section("Pre-flight", "", _table(("Check", "Verdict", "Evidence", "To mend it"), rows)) if rows else []
+    checks, waivers = report["preflight"]["checks"], report["preflight"]["waivers"]
+    rows = [(each["name"], _verdict(each), each["evidence"], each["mend"]) for each in checks]
+    given = "Waived: " + "; ".join(f"{name} ({_line(reason)})" for name, reason in sorted(waivers.items())) + "."
+    table = _table(("Check", "Verdict", "Evidence", "To mend it"), rows)
+    return _section("Pre-flight", given if waivers else "", table) if rows else []
+
+
+def _verdict(check: Json) -> str:
+    return f"{check['verdict']}, **waived**: {check['waived']}" if check.get("waived") else str(check["verdict"])
 
 
 def _timeline(report: Json) -> list[str]:

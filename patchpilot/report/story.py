@@ -12,8 +12,8 @@ Json = dict[str, Any]
 
 PHASES = {
     "preflight": ("Check that patching is safe", "recover-beforehand"),
-    "trigger": ("Start the update", "trigger"),
-    "watch": ("Follow the rotation", "watch"),
+    "trigger": ("Start the operation", "trigger"),
+    "watch": ("Follow the rotation", "stop"),
     "grace": ("Give clients time to reconnect", "grace"),
     "dry-run": ("Find what is stuck", "dry-run"),
     "recover": ("Recover what is stuck", "recover"),

@@ -1,15 +1,18 @@
 """The broker as Valkey holds it: which messages are queued, and which a worker has taken and not yet acknowledged.
 
-Reads only. The layout is kombu's Redis transport's (read in kombu 5.7.0): a queue is a list per priority step, named
-``<queue>`` or ``<queue>\\x06\\x16<priority>``, whose head is the newest message; what a consumer took is in the hash
-``unacked`` under its delivery tag, with the time it was taken in the sorted set ``unacked_index``.
+Reads only, except for the canaries' queues. The layout is kombu's Redis transport's (read in kombu 5.7.0): a queue is a
+list per priority step, named ``<queue>`` or ``<queue>\\x06\\x16<priority>``, whose head is the newest message; what a
+consumer took is in the hash ``unacked`` under its delivery tag, with the time it was taken in the sorted set
+``unacked_index``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import redis
@@ -59,6 +62,38 @@ class Broker:
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
+    def depth(self, queue: str) -> tuple[int, str]:
+        """How many messages are in ``queue``, and a digest of those next in turn: the oldest of each priority.
+
+        :raises Transient: if the broker cannot be read.
+        """
+        try:
+            with self._client.pipeline(transaction=True) as both:
+                for name in self._lists(queue):
+                    both.llen(name)
+                    both.lindex(name, -1)
+                found: list[Any] = both.execute()
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+        oldest = b"".join(filter(None, found[1::2]))
+        return sum(found[::2]), hashlib.sha256(oldest).hexdigest()[:12] if oldest else ""
+
+    def expire(self, queue: str, after: timedelta) -> None:
+        """Let what is in ``queue`` now go away by itself if nobody has taken it ``after`` so long.
+
+        :raises RedisError: if the broker does not answer.
+        """
+        for name in self._lists(queue):
+            self._client.expire(name, after)
+
+    def discard(self, queues: Iterable[str]) -> None:
+        """Remove these queues with all that is in them.
+
+        :raises RedisError: if the broker does not answer.
+        """
+        if names := [name for queue in queues for name in self._lists(queue)]:
+            self._client.delete(*names)
+
     def check(self) -> None:
         """Make sure that the broker answers.
 
@@ -76,8 +111,13 @@ class Broker:
         members: Any = self._client.smembers(f"{self._prefix}_kombu.binding.{exchange}")
         return {member.decode().rsplit(_SEPARATOR, 1)[-1] for member in members}
 
+    def _lists(self, queue: str) -> list[str]:
+        """The keys of one queue's lists."""
+        names = (queue, *(f"{queue}{_SEPARATOR}{priority}" for priority in range(1, 10)))
+        return [f"{self._prefix}{name}" for name in names]
+
     def _queued(self, queue: str) -> Iterator[str]:
-        for name in (queue, *(f"{queue}{_SEPARATOR}{priority}" for priority in range(1, 10))):
+        for name in self._lists(queue):
             start = 0
             # From the newest on: those that arrive meanwhile move the rest down; some are read twice, none is missed.
             while chunk := self._chunk(name, start):
@@ -85,7 +125,7 @@ class Broker:
                 start += len(chunk)
 
     def _chunk(self, name: str, start: int) -> list[bytes]:
-        chunk: Any = self._client.lrange(f"{self._prefix}{name}", start, start + _CHUNK - 1)
+        chunk: Any = self._client.lrange(name, start, start + _CHUNK - 1)
         return list(chunk)
 
     def _unacked(self) -> Iterator[tuple[str, str]]:

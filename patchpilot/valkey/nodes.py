@@ -1,4 +1,4 @@
-"""The nodes of a replication group as they report themselves: ``INFO replication``, asked anew each time.
+"""The nodes of a replication group as they report themselves: ``INFO`` of replication and memory, asked anew each time.
 
 Every question opens a connection of its own, so that each one follows the endpoint's DNS name to where it leads now.
 """
@@ -15,7 +15,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from patchpilot.errors import NeedsOperator, Transient, Usage
+from patchpilot.errors import NeedsOperator, Refused, Transient, Usage
+
+PORT = 6379
+"""Where a URL names none."""
 
 TIMEOUT = 3.0
 """Seconds to connect, and seconds to wait for an answer."""
@@ -34,6 +37,25 @@ class Replica:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What one node says of its memory, in bytes."""
+
+    used: int
+    limit: int
+    """``maxmemory``; where none is set, what the machine has."""
+    policy: str = ""
+    """``maxmemory-policy``: what happens when the limit is reached."""
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> Memory | None:
+        """Read the answer of ``INFO memory`` as redis-py parses it; None if it says nothing."""
+        if "used_memory" not in info:
+            return None
+        limit = int(info.get("maxmemory", 0)) or int(info.get("total_system_memory", 0))
+        return cls(int(info["used_memory"]), limit, str(info.get("maxmemory_policy", "")))
+
+
+@dataclass(frozen=True)
 class Report:
     """What one node says of itself."""
 
@@ -48,10 +70,11 @@ class Report:
     """On a replica: whether it follows its primary."""
     silence: int | None = None
     """On a replica: seconds since it last heard from its primary; None while the link is down."""
+    memory: Memory | None = None
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Report:
-        """Read the answer of ``INFO replication`` as redis-py parses it."""
+        """Read the answers of ``INFO replication`` and ``INFO memory`` as redis-py parses them."""
         if info.get("role") == "master":
             rows = [value for key, value in sorted(info.items()) if key.startswith("slave") and isinstance(value, dict)]
             return cls(
@@ -59,6 +82,7 @@ class Report:
                 offset=int(info.get("master_repl_offset", 0)),
                 replid=str(info.get("master_replid", "")),
                 replicas=tuple(_replica(row) for row in rows),
+                memory=Memory.of(info),
             )
         silence = int(info.get("master_last_io_seconds_ago", -1))
         return cls(
@@ -67,6 +91,7 @@ class Report:
             replid=str(info.get("master_replid", "")),
             link_up=info.get("master_link_status") == "up",
             silence=silence if silence >= 0 else None,
+            memory=Memory.of(info),
         )
 
 
@@ -79,10 +104,17 @@ class Nodes:
     def __init__(self, url: str) -> None:
         self._url = url
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the primary endpoint."""
+        parts = urlsplit(self._url)
+        return parts.hostname or "", parts.port or PORT
+
     def endpoint(self) -> Report:
         """Whoever answers at the primary endpoint.
 
         :raises Transient: nobody does.
+        :raises Refused: it does not let us ask.
         :raises NeedsOperator: it refuses our login.
         """
         return self._ask(self._url)
@@ -98,8 +130,10 @@ class Nodes:
     def _ask(url: str) -> Report:
         try:
             with closing(_client(url)) as client:
-                return Report.of(client.info("replication"))
-        except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+                return Report.of({**client.info("replication"), **client.info("memory")})
+        except redis.exceptions.NoPermissionError as error:
+            raise Refused(f"{_where(url)} refuses to say: allow this user the command INFO ({error})") from error
+        except redis.AuthenticationError as error:
             raise NeedsOperator(f"{_where(url)} refuses our login: check the endpoint's URL ({error})") from error
         except (redis.RedisError, OSError) as error:
             raise Transient(f"{_where(url)} does not answer: {error}") from error
@@ -136,4 +170,4 @@ def _replica(row: Mapping[str, Any]) -> Replica:
 def _where(url: str) -> str:
     """The address alone: never the password."""
     parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port or 6379}"
+    return f"{parts.hostname}:{parts.port or PORT}"

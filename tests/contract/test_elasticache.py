@@ -16,8 +16,16 @@ import pytest
 
 from patchpilot.clock import SYSTEM
 from patchpilot.elasticache import ElastiCache, connect
-from patchpilot.elasticache.facts import Application, Event, Group, ServiceUpdate, UpdateAction
-from patchpilot.errors import NeedsOperator, Transient
+from patchpilot.elasticache.facts import (
+    Application,
+    Event,
+    Group,
+    Modification,
+    ServiceUpdate,
+    Unprocessed,
+    UpdateAction,
+)
+from patchpilot.errors import Corrupt, NeedsOperator, Refused, Throttled, Transient
 from patchpilot.lab.cloud import Cloud
 from patchpilot.lab.launch import Address
 from patchpilot.lab.world import Group as LabGroup
@@ -33,6 +41,8 @@ class Idle:
     def rotate(self, update: str) -> None: ...
 
     def test_failover(self) -> None: ...
+
+    def modify(self, target: object) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +229,25 @@ def fault(code: str, status: int = 400) -> tuple[int, str]:
 
 def nothing(action: str) -> tuple[int, str]:
     """A good answer with nothing in it."""
-    return 200, f"<{action}Response><{action}Result/></{action}Response>"
+    return answered(action, "")
+
+
+def answered(action: str, body: str) -> tuple[int, str]:
+    return 200, f"<{action}Response><{action}Result>{body}</{action}Result></{action}Response>"
+
+
+def processed(group: str, status: str = "waiting-to-start") -> str:
+    row = f"<ReplicationGroupId>{group}</ReplicationGroupId><UpdateActionStatus>{status}</UpdateActionStatus>"
+    return f"<ProcessedUpdateActions><ProcessedUpdateAction>{row}</ProcessedUpdateAction></ProcessedUpdateActions>"
+
+
+def unprocessed(group: str, kind: str = "Odd") -> str:
+    row = (
+        f"<ReplicationGroupId>{group}</ReplicationGroupId><ErrorType>{kind}</ErrorType><ErrorMessage>no</ErrorMessage>"
+    )
+    return (
+        f"<UnprocessedUpdateActions><UnprocessedUpdateAction>{row}</UnprocessedUpdateAction></UnprocessedUpdateActions>"
+    )
 
 
 NO_UPDATES = nothing("DescribeServiceUpdates")
@@ -228,16 +256,16 @@ NO_UPDATES = nothing("DescribeServiceUpdates")
 @pytest.mark.parametrize(
     ("answer", "reaction", "advice"),
     [
-        (fault("APICallRateForCustomerExceeded"), Transient, "throttling"),
-        (fault("Throttling"), Transient, "throttling"),
+        (fault("APICallRateForCustomerExceeded"), Throttled, "throttling"),
+        (fault("Throttling"), Throttled, "throttling"),
         (fault("ServiceUnavailable", 503), Transient, "trouble of its own"),
         (fault("InternalFailure", 500), Transient, "trouble of its own"),
         ((502, "<html>bad gateway</html>"), Transient, "trouble of its own"),
         (fault("ExpiredToken", 403), NeedsOperator, "have expired: renew them"),
         (fault("InvalidClientTokenId", 403), NeedsOperator, "does not accept these credentials"),
         (fault("SignatureDoesNotMatch", 403), NeedsOperator, "this machine's clock"),
-        (fault("AccessDenied", 403), NeedsOperator, "give this role the permission"),
-        (fault("SomethingNew"), NeedsOperator, "AWS refuses"),
+        (fault("AccessDenied", 403), Refused, "give this role the permission"),
+        (fault("SomethingNew"), Refused, "AWS refuses"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value[0]) if isinstance(value, tuple) else "",
 )
@@ -273,12 +301,66 @@ def test_credentials_that_were_renewed_in_the_middle_are_picked_up(
     def ask() -> None:
         told.apply("u", GROUP) if action.startswith("Batch") else told.service_updates()
 
-    Told.script[:] = [nothing(action)]
+    good = answered(action, processed(GROUP))
+    Told.script[:] = [good]
     ask()
     write_credentials(own_credentials, "SECOND")
-    Told.script[:] = [fault("ExpiredToken", 403), nothing(action)]
+    Told.script[:] = [fault("ExpiredToken", 403), good]
     ask()
     assert Told.asked == ["FIRST", "FIRST", "SECOND"]
+
+
+def test_credentials_that_are_renewed_too_late_are_waited_for(told: ElastiCache, own_credentials: Path) -> None:
+    Told.script[:] = [NO_UPDATES]
+    told.service_updates()
+    Told.script[:] = [fault("ExpiredToken", 403)]
+    with pytest.raises(Transient, match="waiting for AWS credentials to be renewed"):
+        told.service_updates()
+    write_credentials(own_credentials, "SECOND")
+    Told.script[:] = [NO_UPDATES]
+    assert told.service_updates() == ()
+    assert Told.asked == ["FIRST", "FIRST", "FIRST", "SECOND"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (processed(GROUP) + unprocessed(OTHER), Application("waiting-to-start")),
+        (processed(OTHER) + unprocessed(GROUP, "Already"), Application(None, Unprocessed("Already", "no"))),
+        (processed(GROUP, "a new word") + unprocessed(GROUP), Application("a new word")),
+    ],
+)
+def test_processed_and_unprocessed_in_one_answer(told: ElastiCache, body: str, expected: Application) -> None:
+    Told.script[:] = [answered("BatchApplyUpdateAction", body)]
+    assert told.apply("u", GROUP) == expected
+    Told.script[:] = [answered("BatchStopUpdateAction", body)]
+    assert told.stop("u", GROUP) == expected
+
+
+def test_an_answer_that_does_not_mention_us_says_nothing(told: ElastiCache) -> None:
+    Told.script[:] = [answered("BatchApplyUpdateAction", processed(OTHER))]
+    with pytest.raises(Transient, match=f"does not mention {GROUP}"):
+        told.apply("u", GROUP)
+
+
+@pytest.mark.parametrize("answer", [fault("ServiceUnavailable", 503), fault("Throttling")])
+def test_every_request_that_changes_something_is_made_once(told: ElastiCache, answer: tuple[int, str]) -> None:
+    Told.script[:] = [answer]
+    for ask in (
+        lambda: told.stop("u", GROUP),
+        lambda: told.modify(GROUP, Modification(engine_version="9.1")),
+        lambda: told.test_failover(GROUP, "0001"),
+    ):
+        Told.asked.clear()
+        with pytest.raises(Transient):
+            ask()
+        assert len(Told.asked) == 1
+
+
+def test_a_modification_without_a_change_is_never_asked_for(told: ElastiCache) -> None:
+    with pytest.raises(Corrupt, match="without a change"):
+        told.modify(GROUP, Modification())
+    assert Told.asked == []
 
 
 def test_nobody_listens(own_credentials: Path) -> None:
@@ -324,7 +406,7 @@ def test_a_role_session_is_named_after_the_run(tmp_path: Path, monkeypatch: pyte
         "[profile named]\nrole_arn = arn:aws:iam::1:role/pilot\nrole_session_name = mine\nsource_profile = default\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    from patchpilot.elasticache.client import session
+    from patchpilot.elasticache.calls import session
 
     profiles = session(Aws(profile="pilot"), "patchpilot-" + "x" * 99)._session.full_config["profiles"]
     assert profiles["pilot"]["role_session_name"] == "patchpilot-" + "x" * 53

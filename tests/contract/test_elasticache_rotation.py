@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from patchpilot.clock import SYSTEM
-from patchpilot.elasticache import connect
+from patchpilot.elasticache import cloudwatch, connect
 from patchpilot.engine.journal import MemoryJournal
 from patchpilot.engine.runner import Runner
 from patchpilot.errors import NeedsOperator, Transient, Usage
@@ -23,6 +23,7 @@ from patchpilot.report import Files
 from patchpilot.settings import Aws, Runbook
 from patchpilot.valkey import nodes
 from patchpilot.valkey.nodes import Report
+from patchpilot.workers import Fleet
 
 
 class NothingStuck:
@@ -41,6 +42,19 @@ class NothingStuck:
         return ()
 
 
+class NoWorkers:
+    """A broker without workers."""
+
+    def look(self, queues: Collection[str] = ()) -> Fleet:
+        return Fleet()
+
+    def release(self, to: Mapping[str, str]) -> dict[str, str]:
+        raise AssertionError(f"there is no worker, and canaries were to be sent to {to}")
+
+    def tidy(self, sent: Mapping[str, str]) -> None:
+        raise AssertionError("nothing was sent")
+
+
 @pytest.fixture
 def lab(lab_roster: Roster, tmp_path: Path) -> Iterator[Lab]:
     with Lab(tmp_path, roster=lab_roster, postgres=False, seconds_per_node=1.0, endpoint_lag_ms=200) as lab:
@@ -54,12 +68,15 @@ def test_a_whole_run_against_nodes_that_really_rotate(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     journal = MemoryJournal(SYSTEM)
     before = lab.replicas.primary.name
-    with connect(Aws(region=REGION, endpoint_url=lab.cloud.url)) as cloud:
+    aws = Aws(region=REGION, endpoint_url=lab.cloud.url)
+    with connect(aws) as cloud, cloudwatch.connect(aws) as monitoring:
         desk = Desk(
             cluster="broker",
             group=GROUP,
             role="broker",
             cloud=cloud,
+            monitoring=monitoring,
+            workers=NoWorkers(),
             nodes=nodes.connect(lab.endpoint),
             recovery=NothingStuck(),
             reports=Files(journal, Run(journal.run_id, "lab", "broker", SYSTEM.now()), tmp_path / "reports"),
@@ -75,7 +92,10 @@ def test_a_whole_run_against_nodes_that_really_rotate(
     assert (failover["old"], failover["to"]) == (before, lab.replicas.primary.name)
     assert failover["told_by"] == "events"
     assert {node["status"] for node in facts["watch"]["nodes"].values()} == {"complete"}
-    assert {check["verdict"] for check in facts["readiness"]["checks"]} == {"pass"}
+    not_passed = {
+        check["name"]: check["evidence"] for check in facts["readiness"]["checks"] if check["verdict"] != "pass"
+    }
+    assert not_passed.keys() == {"workers"}, not_passed
     assert [claim["name"] for claim in facts["verify"]["claims"] if not claim["holds"]] == []
     messages = [event["message"] for event in facts["watch"]["events"]]
     assert messages.count("Finished recovery for cache nodes 0001") == 3

@@ -22,6 +22,7 @@ from patchpilot.lab.cloud import Cloud, LabResponse
 from patchpilot.lab.world import World
 
 OURS = (
+    "describe_cache_parameters",
     "describe_service_updates",
     "describe_update_actions",
     "describe_events",

@@ -8,36 +8,52 @@ request to apply.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from patchpilot.clock import FakeClock
+from patchpilot.elasticache.cloudwatch import LAG, MEMORY, Alarm, AlarmState, Metric
 from patchpilot.elasticache.facts import (
+    IN_FLIGHT,
     Application,
     Event,
     Group,
     Member,
+    Modification,
     Node,
     NodeUpdate,
     ServiceUpdate,
+    Snapshot,
     Unprocessed,
     UpdateAction,
     UpdateStatus,
 )
 from patchpilot.engine.journal import Journal
+from patchpilot.engine.requests import Ask, Request
 from patchpilot.phases import Desk
+from patchpilot.phases.order import Order
 from patchpilot.postgres.journal import Run
 from patchpilot.recovery.findings import Applied, Finding, Remedy, Window
 from patchpilot.report import Files
 from patchpilot.settings import Role, Runbook
-from patchpilot.valkey.nodes import Replica, Report
+from patchpilot.valkey.nodes import Memory, Replica, Report
+from patchpilot.workers import Depth, Fleet, Worker
 
 GROUP = "shop-broker"
 NAMES = ("shop-broker-001", "shop-broker-002", "shop-broker-003")
 UPDATE = "elasticache-20260101-001"
+MEMORY_NOW = Memory(20, 100, "noeviction")
 PER_NODE = timedelta(minutes=10)
+PARAMETERS = {"maxmemory-policy": "noeviction", "reserved-memory-percent": "25", "close-on-replica-write": "yes"}
+SETTINGS: dict[str, object] = {
+    "broker_channel_error_retry": True, "broker_connection_retry": True, "broker_connection_max_retries": None,
+    "task_acks_late": True, "task_reject_on_worker_lost": True, "worker_prefetch_multiplier": 1,
+    "broker_transport_options.socket_timeout": 10, "broker_transport_options.health_check_interval": 5,
+}  # fmt: skip
+"""As a worker should be set up."""
 
 # The grace is longer than the old primary takes, so that some of it is left when the rotation is over.
 RUNBOOK = Runbook(
@@ -60,9 +76,11 @@ class State:
         default_factory=lambda: {name: NodeUpdate(name, UpdateStatus.NOT_APPLIED) for name in NAMES}
     )
     events: tuple[Event, ...] = ()
+    versions: dict[str, str] = field(default_factory=lambda: dict.fromkeys(NAMES, "8.0.1"))
+    node_type: str = "cache.r7g.large"
 
     def copy(self) -> State:
-        return replace(self, nodes=dict(self.nodes))
+        return replace(self, nodes=dict(self.nodes), versions=dict(self.versions))
 
 
 class World:
@@ -80,7 +98,7 @@ class World:
         """If set, each answer is as old as it falls: an answer may then be older than the one before."""
         self.now = State()
         self.applied: list[datetime] = []
-        """When BatchApplyUpdateAction reached the cloud."""
+        """When BatchApplyUpdateAction reached the cloud; or whatever else starts an operation."""
         self.initiator = "customer"
         self.tells_of_failovers = True
         self.fails_over = True
@@ -92,8 +110,22 @@ class World:
         self.stuck: dict[str, Finding] = {}
         self.stuck_since: dict[str, datetime] = {}
         self.remedies: list[tuple[str | None, Applied]] = []
+        self.requests: list[Request] = []
+        """What people have asked of the run."""
+        self.plans: dict[str, dict[str, object]] = {}
+        self.stops: list[datetime] = []
+        """When BatchStopUpdateAction reached the cloud."""
+        self.gauge: tuple[float, ...] = ()
         self.repeated: list[tuple[datetime, dict[str, object]]] = []
         """Callbacks that were started again, and when."""
+        self.alarms_now = [Alarm(f"{GROUP}-{name}", AlarmState.OK, tells=True) for name in (MEMORY, LAG)]
+        self.fleet = [worker(name) for name in ("celery@one", "celery@two")]
+        self.lengths: dict[str, int] = {"celery": 0}
+        """How many messages are in each queue; the workers take one a second."""
+        self.canaries: dict[str, str] = {}
+        """The canaries that are on their way: instance -> token."""
+        self.caught = 0
+        """How many times canaries were tidied away."""
         self._history: list[tuple[datetime, State]] = [(clock.now(), self.now.copy())]
 
     # The cloud: patchpilot.phases.desk.Cloud.
@@ -126,12 +158,38 @@ class World:
             for number, name in enumerate(NAMES)
         )
         about = Group(
-            group, shown.status, members, (shown.status,), "enabled", "enabled", cluster_enabled=False, engine="valkey"
-        )
+            group, shown.status, members, (shown.status,), ("0001",), "enabled", "enabled", cluster_enabled=False,
+            engine="valkey", node_type=shown.node_type, effective_durability="disabled", snapshot_window="18:00-19:00",
+            endpoint=("broker.test", 6379),
+        )  # fmt: skip
         return replace(about, **self.group_changes)  # type: ignore[arg-type]
 
     def nodes(self, group: Group) -> tuple[Node, ...]:
-        return tuple(Node(member.node, "available", "8.0.1") for member in group.members)
+        self._trip("nodes")
+        shown = self._shown()
+        return tuple(
+            Node(
+                member.node, "available", shown.versions[member.node], (), "sun:03:00-sun:04:00", "shop", "in-sync",
+                engine="valkey", node_type=shown.node_type,
+            )
+            for member in group.members
+        )  # fmt: skip
+
+    def in_flight(self) -> tuple[UpdateAction, ...]:
+        self._trip("in_flight")
+        return tuple(action for action in self.update_actions(GROUP) if action.status in IN_FLIGHT)
+
+    def parameters(self, parameter_group: str) -> Mapping[str, str]:
+        self._trip("parameters")
+        return PARAMETERS
+
+    def snapshots(self, group: str) -> tuple[Snapshot, ...]:
+        self._trip("snapshots")
+        return (Snapshot("automatic", "available", "automated", self.clock.now() - timedelta(hours=3)),)
+
+    def history(self, group: Group, until: datetime) -> tuple[Event, ...]:
+        self._trip("history")
+        return self._shown().events
 
     def events(self, sources: Collection[str], since: datetime, until: datetime) -> tuple[Event, ...]:
         self._trip("events")
@@ -148,19 +206,77 @@ class World:
         self._trip("applied")
         return Application(UpdateStatus.WAITING_TO_START)
 
+    def stop(self, update: str, group: str) -> Application:
+        assert (update, group) == (UPDATE, GROUP)
+        self._trip("stop")
+        self.stops.append(self.clock.now())
+        if self.unprocessed:
+            return Application(None, self.unprocessed)
+        if self.now.update not in {UpdateStatus.WAITING_TO_START, UpdateStatus.IN_PROGRESS}:
+            return Application(None, Unprocessed("InvalidUpdateActionState", f"it is {self.now.update}"))
+        self.change(update=UpdateStatus.STOPPING)
+        self._trip("stopped")
+        return Application(UpdateStatus.STOPPING)
+
+    def modify(self, group: str, change: Modification) -> Application:
+        self._trip("apply")
+        self.applied.append(self.clock.now())
+        assert self.now.status == "available"
+        moment = timedelta(seconds=30)
+        self.change(status="modifying")
+        for name in [*NAMES[1:], NAMES[0]]:
+            if name == NAMES[0]:
+                self.after(moment, lambda: self.fail_over(NAMES[1]))
+            moment += self.per_node
+            self.after(moment, lambda name=name: self._give(name, change))  # type: ignore[misc]
+        self.after(moment, lambda: self.change(status="available"))
+        self._trip("applied")
+        return Application("modifying")
+
+    def test_failover(self, group: str, node_group: str) -> Application:
+        assert (group, node_group) == (GROUP, "0001")
+        self._trip("apply")
+        self.applied.append(self.clock.now())
+        assert self.now.status == "available"
+        self.change(status="modifying")
+        self.happen(GROUP, "Test Failover API called for node group 0001")
+        self.after(timedelta(seconds=90), lambda: self.fail_over(NAMES[1]))
+        self.after(timedelta(seconds=90) + self.per_node, lambda: self.change(status="available"))
+        self._trip("applied")
+        return Application("modifying")
+
+    def node_types(self, group: str) -> tuple[str, ...]:
+        return ("cache.r7g.large", "cache.r7g.xlarge")
+
+    def newest(self, now: datetime) -> tuple[float, ...]:
+        self._trip("gauge")
+        return self.gauge
+
+    # CloudWatch: patchpilot.phases.desk.Monitoring.
+
+    def alarms(self, about: Collection[str]) -> tuple[Alarm, ...]:
+        self._trip("alarms")
+        return tuple(self.alarms_now)
+
+    def metrics(self, nodes: Collection[str], until: datetime) -> tuple[Metric, ...]:
+        self._trip("metrics")
+        return tuple(Metric(MEMORY, node, 20.0, until) for node in nodes)
+
     # The nodes: patchpilot.phases.desk.Nodes.
+
+    address = ("broker.test", 6379)
 
     def endpoint(self) -> Report:
         self._trip("endpoint")
         offset = 1000 + len(self.remedies)
         replicas = tuple(Replica(f"{name}:6379", "online", offset, 0) for name in NAMES if name != self.now.primary)
-        return Report("primary", offset, replicas=replicas)
+        return Report("primary", offset, replicas=replicas, memory=MEMORY_NOW)
 
     def member(self, host: str, port: int) -> Report:
         self._trip(host)
         if host == f"{self.now.primary}.test":
             return self.endpoint()
-        return Report("replica", 1000, link_up=True, silence=0)
+        return Report("replica", 1000, link_up=True, silence=0, memory=MEMORY_NOW)
 
     # Recovery: patchpilot.phases.desk.Recovery.
 
@@ -190,19 +306,53 @@ class World:
     def repeated_starts(self, age: timedelta) -> list[dict[str, object]]:
         return [row for at, row in self.repeated if at >= self.clock.now() - age]
 
+    # What people do.
+
+    def ask(self, ask: Ask, *, digest: str | None = None, reason: str = "") -> None:
+        self.requests.append(Request(ask, "ann on laptop", self.clock.now(), reason, digest))
+
+    # The workers: patchpilot.phases.desk.Workers.
+
+    def look(self, queues: Collection[str] = ()) -> Fleet:
+        self._trip("look")
+        names = sorted({*self.lengths, *queues})
+        depths = [Depth(name, length, str(length)) for name in names if (length := self.lengths.get(name, 0)) >= 0]
+        return Fleet(tuple(self.fleet), tuple(depths))
+
+    def release(self, to: Mapping[str, str]) -> dict[str, str]:
+        self._trip("release")
+        sent = {instance: f"token-{self.clock.monotonic():g}" for instance in to}
+        self.canaries |= sent
+        self.clock.after(2, lambda: self._come_back(sent))
+        self._trip("released")
+        return sent
+
+    def tidy(self, sent: Mapping[str, str]) -> None:
+        self._trip("tidy")
+        self.canaries = {key: token for key, token in self.canaries.items() if sent.get(key) != token}
+        self.caught += 1
+
+    def _come_back(self, sent: Mapping[str, str]) -> None:
+        """Each canary that was not tidied away, from each worker that answers and runs nothing."""
+        for number, each in enumerate(self.fleet):
+            token = sent.get(each.instance)
+            if token and self.canaries.get(each.instance) == token and each.answers and not each.running:
+                del self.canaries[each.instance]
+                self.fleet[number] = replace(each, proof={"task": token, "chord": token})
+
     # What happens by itself.
 
     def start(self) -> None:
         """Begin the rotation: as AWS does when asked, or by itself."""
         self.change(update=UpdateStatus.WAITING_TO_START, status="modifying")
         moment = timedelta(seconds=30)
-        self.after(moment, lambda: self.change(update=UpdateStatus.IN_PROGRESS))
+        self.after(moment, lambda: self._unless_stopped(lambda: self.change(update=UpdateStatus.IN_PROGRESS)))
         for name in NAMES[1:]:
             moment = self._patch(name, moment)
         if self.fails_over:
-            self.after(moment, lambda: self.fail_over(NAMES[1]))
+            self.after(moment, lambda: self._unless_stopped(lambda: self.fail_over(NAMES[1])))
         moment = self._patch(NAMES[0], moment + timedelta(seconds=1))
-        self.after(moment, lambda: self.change(update=UpdateStatus.COMPLETE, status="available"))
+        self.after(moment, lambda: self._finish(UpdateStatus.COMPLETE))
 
     def fail_over(self, new: str) -> None:
         """Promote a replica, and get two chords stuck by it: one that can be cured and one that cannot."""
@@ -230,8 +380,33 @@ class World:
     def after(self, time: timedelta, change: Callable[[], None]) -> None:
         self.clock.after(time.total_seconds(), change)
 
+    def _give(self, name: str, change: Modification) -> None:
+        if change.engine_version:
+            self.change(versions={**self.now.versions, name: change.engine_version})
+        if change.node_type and name == NAMES[0]:
+            self.change(node_type=change.node_type)
+
+    def _unless_stopped(self, go_on: Callable[[], object]) -> None:
+        """What is in progress is finished; after that nothing more is begun, and the action ends as stopped."""
+        if self.now.update in {UpdateStatus.STOPPING, UpdateStatus.STOPPED}:
+            self._finish(UpdateStatus.STOPPED)
+        else:
+            go_on()
+
+    def _finish(self, status: str) -> None:
+        if self.now.update == UpdateStatus.STOPPED:
+            return
+        if status == UpdateStatus.STOPPED:
+            left = {name: row for name, row in self.now.nodes.items() if row.status != UpdateStatus.COMPLETE}
+            rows = {name: replace(row, status=UpdateStatus.STOPPED) for name, row in left.items()}
+            self.change(nodes={**self.now.nodes, **rows})
+        self.change(update=status, status="available")
+
     def _patch(self, name: str, begins: timedelta) -> timedelta:
         def begin() -> None:
+            self._unless_stopped(start)
+
+        def start() -> None:
             row = NodeUpdate(
                 name, UpdateStatus.IN_PROGRESS, started=self.clock.now(), initiated_by=self.initiator,
                 initiated=self.applied[0] if self.applied else self.clock.now(),
@@ -240,6 +415,8 @@ class World:
             self.happen(name, "Recovering cache nodes 0001")
 
         def end() -> None:
+            if self.now.nodes[name].status != UpdateStatus.IN_PROGRESS:
+                return
             row = replace(self.now.nodes[name], status=UpdateStatus.COMPLETE, ended=self.clock.now())
             self.change(nodes={**self.now.nodes, name: row})
             self.happen(name, "Finished recovery for cache nodes 0001")
@@ -273,7 +450,8 @@ class Recovery:
 
 def desk(
     world: World, journal: Journal, directory: Path, *, role: Role = "broker", runbook: Runbook = RUNBOOK,
-    window: Window | None = None, update: str | None = None, schema: str | None = None,
+    window: Window | None = None, update: str | None = None, schema: str | None = None, order: Order | None = None,
+    waivers: Mapping[str, str] | None = None,
 ) -> Desk:  # fmt: skip
     """The pilot's desk in this world."""
     broker = role == "broker"
@@ -283,14 +461,29 @@ def desk(
         group=GROUP,
         role=role,
         cloud=world,
+        monitoring=world,
+        workers=world if broker else None,
         nodes=world if broker else None,
         recovery=Recovery(world) if broker else None,
         reports=Files(journal, run, directory),
         schema=lambda: schema,
         runbook=runbook,
         window=window or Window(),
-        update=update,
+        order=order or Order(update=update),
+        requests=lambda: tuple(world.requests),
+        recall=world.plans.get,
+        gauge=world if runbook.abort_metric else None,
+        waivers=waivers or {},
     )
+
+
+def worker(name: str, **change: Any) -> Worker:
+    """A worker in good health."""
+    good = Worker(
+        f"instance of {name}", name, answers=True, queues=("celery",), canary=True, processes=2,
+        broker=("broker.test", 6379), settings=SETTINGS,
+    )  # fmt: skip
+    return replace(good, **change)
 
 
 def service_update(clock: FakeClock) -> ServiceUpdate:

@@ -30,7 +30,19 @@ def config(directory: Path, dsn: str, endpoint: str, extra: str = "") -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["status"], ["recover"], ["report"], ["db", "migrate"], ["lab", "up"]]
+    "command",
+    [
+        [],
+        ["run"],
+        ["preflight"],
+        ["plan"],
+        ["approve"],
+        ["status"],
+        ["recover"],
+        ["report"],
+        ["db", "migrate"],
+        ["lab", "up"],
+    ],
 )
 def test_help_is_worth_reading(command: list[str]) -> None:
     done = patchpilot(*command, "--help")
@@ -46,12 +58,22 @@ def test_help_is_worth_reading(command: list[str]) -> None:
         (["fly"], Exit.USAGE, "fly"),
         (["run", "--cluster", "brokr"], Exit.USAGE, "no cluster 'brokr'"),
         (["run", "--cluster", "broker", "--grace", "5"], Exit.USAGE, "--grace: '5' is not a duration"),
+        (["preflight"], Exit.USAGE, "--cluster"),
+        (["preflight", "--cluster", "brokr"], Exit.USAGE, "no cluster 'brokr'"),
+        (["run", "--cluster", "broker", "--waive", "alarms"], Exit.USAGE, "each --waive needs a --reason"),
+        (
+            ["preflight", "--cluster", "broker", "--waive", "luck", "--reason", "x"],
+            Exit.USAGE,
+            "(checks: group-available,",
+        ),
         (["recover", "--min-age", "soon"], Exit.USAGE, "--min-age: 'soon' is not a duration"),
         (["recover", "--min-age", "2h", "--max-age", "1h"], Exit.USAGE, "window is empty"),
         (["recover", "--cluster", "pages"], Exit.USAGE, "not a broker"),
         (["status", "no-such-run"], Exit.USAGE, "no-such-run"),
         (["report", "no-such-run"], Exit.USAGE, "no-such-run"),
         (["run", "--cluster", "broker", "--config", "nowhere.toml"], Exit.USAGE, "no such configuration file"),
+        (["run", "--cluster", "broker", "--plan", "0123456789abcdef"], Exit.USAGE, "no plan 0123456789abcdef"),
+        (["stop", "--cluster", "broker"], Exit.NOTHING_TO_DO, "no run of cluster 'broker' is under way"),
     ],
 )
 def test_a_wrong_word(tmp_path: Path, migrated: str, valkey: str, arguments: list[str], code: int, words: str) -> None:

@@ -148,7 +148,8 @@ def test_without_the_journal_only_callbacks_are_on_record(
 @pytest.fixture
 def forbidden(broker: redis.Redis) -> Iterator[str]:
     """A queue that the broker does not let anybody write to, until the test is over or says otherwise."""
-    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", "~*celery*", "~unacked*", "~_kombu*")
+    allowed = ("~*celery*", "~unacked*", "~_kombu*", "~patchpilot.canary*")
+    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", *allowed)
     yield "forbidden"
     broker.execute_command("ACL", "SETUSER", "default", "allkeys")
 

@@ -23,6 +23,7 @@ app.conf.update(
     result_backend=os.environ.get("SHOP_BACKEND", ""),
     patchpilot_postgres=os.environ.get("SHOP_POSTGRES", ""),
     broker_connection_retry_on_startup=True,
+    broker_channel_error_retry=os.environ.get("SHOP_CHANNEL_RETRY") == "1",
     task_acks_late=os.environ.get("SHOP_ACKS_LATE") == "1",
     task_reject_on_worker_lost=os.environ.get("SHOP_ACKS_LATE") == "1",
     worker_prefetch_multiplier=1,

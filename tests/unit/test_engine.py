@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from patchpilot.engine.journal import Entry, Kind, MemoryJournal, RunRecord
 from patchpilot.engine.plan import Data, NotYet, Observation, Phase, Plan, Reached, Step, View
 from patchpilot.engine.runner import PATIENCE, Progress, Runner
 from patchpilot.errors import (
+    Aborted,
     Blocked,
     Corrupt,
     Exit,
@@ -35,10 +37,15 @@ class Stove:
     journal: MemoryJournal
     told: list[Progress]
 
-    def run(self, stop: threading.Event | None = None, budget: timedelta | None = None) -> RunRecord:
+    def run(
+        self, stop: threading.Event | None = None, budget: timedelta | None = None, plan: Plan | None = None,
+        **more: Any,
+    ) -> RunRecord:  # fmt: skip
         self.told.clear()
-        runner = Runner(tea(self.kitchen), self.journal, self.clock, stop=stop, budget=budget, notify=self.told.append)
-        return runner.run()
+        return Runner(
+            plan or tea(self.kitchen), self.journal, self.clock, stop=stop, budget=budget, notify=self.told.append,
+            **more,
+        ).run()  # fmt: skip
 
     def kinds(self, step: str) -> list[str]:
         return [str(entry.kind) for entry in self.journal.entries() if entry.step == step]
@@ -209,6 +216,107 @@ def test_a_spent_time_budget_stops_it_too_and_deadlines_do_not_start_again(stove
     facts = stove.run().facts()
     assert facts["steep"] == deadline.data
     assert stove.clock.now() == before
+
+
+def test_the_order_is_on_record_from_the_first_entry_and_again_when_the_run_is_taken_up(stove: Stove) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(ResumeLater):
+        stove.run(stop, order={"leaves": "green"})
+    assert RunRecord.of(stove.journal.entries()).order == {"leaves": "green"}
+    assert stove.run(order={"leaves": "black"}).order == {"leaves": "black"}
+    assert stove.journal.entries()[0].data == {"order": {"leaves": "green"}}
+
+
+def test_a_run_that_is_held_stays_where_it_is_with_the_lease_and_then_checks_again(stove: Stove) -> None:
+    stove.journal = journal = CountingJournal(stove.clock)
+    held = ["no milk"]
+    stove.clock.after(3600, held.clear)
+    record = stove.run(hold=lambda: held[0] if held else None)
+    assert record.finished
+    assert stove.kinds("check")[:3] == ["intended", "paused", "resumed"]
+    assert [entry.data for entry in journal.entries() if entry.kind is Kind.PAUSED] == [{"why": "no milk"}]
+    assert [p.message for p in stove.told if p.kind == "paused"] == ["no milk"]
+    gaps = [after - before for before, after in zip(journal.renewals, journal.renewals[1:], strict=False)]
+    assert max(gaps) <= timedelta(seconds=5)
+    clicked = next(entry.at for entry in journal.entries() if entry.kind is Kind.ACTING)
+    assert timedelta(hours=1) <= clicked - journal.entries()[0].at <= timedelta(hours=1, seconds=15)
+
+
+def test_held_before_an_act_it_checks_again_before_it_acts(stove: Stove) -> None:
+    """The check was good an hour ago; by now there is no power."""
+    held: list[str] = []
+    stove.kitchen.surprises["check"] = [lambda: held.append("no milk")]
+    stove.clock.after(3599, lambda: stove.kitchen.power(False))
+    stove.clock.after(3600, held.clear)
+    with pytest.raises(Blocked, match="no power"):
+        stove.run(hold=lambda: held[0] if held else None)
+    assert stove.kinds("switch-on") == ["intended", "paused", "resumed"]
+    assert stove.kitchen.clicks == 0
+
+
+def test_a_run_that_is_held_still_stops_when_told_to(stove: Stove) -> None:
+    stop = threading.Event()
+    stove.clock.after(60, stop.set)
+    with pytest.raises(ResumeLater, match="asked to stop"):
+        stove.run(stop, hold=lambda: "no milk")
+    assert stove.run().finished
+
+
+class Doze(Step):
+    """Takes so long that what was checked before may no longer be so."""
+
+    name, title = "doze", "close your eyes for a moment"
+
+    def __init__(self, length: timedelta) -> None:
+        self.length = length
+
+    def intend(self, view: View) -> Data:
+        return {"until": (view.now + self.length).isoformat()}
+
+    def observe(self, view: View) -> Observation:
+        return Reached() if view.now.isoformat() >= view.intent["until"] else NotYet("dozing")
+
+
+@pytest.mark.parametrize(("minutes", "checks"), [(14, 1), (16, 2)])
+def test_a_check_that_has_gone_stale_is_made_again_before_the_act(stove: Stove, minutes: int, checks: int) -> None:
+    prepare, brew, serve = tea(stove.kitchen).phases
+    check, switch_on = prepare.steps
+    dozing = Phase("prepare", "Prepare", (check, Doze(timedelta(minutes=minutes)), switch_on))
+    stove.run(plan=Plan((dozing, brew, serve), poll=timedelta(seconds=10), fresh=timedelta(minutes=15)))
+    assert stove.kinds("check").count("reached") == checks
+    assert stove.kinds("doze").count("reached") == 1
+    clicked = next(e.at for e in stove.journal.entries() if e.step == "switch-on" and e.kind is Kind.ACTING)
+    last_check = [e.at for e in stove.journal.entries() if e.step == "check" and e.kind is Kind.REACHED][-1]
+    assert clicked - last_check <= timedelta(minutes=15)
+    assert stove.kitchen.clicks == 1
+
+
+def test_the_plan_says_what_to_call_the_end(stove: Stove) -> None:
+    named = replace(tea(stove.kitchen), outcome=lambda facts: f"{len(facts['pour']['cups'])} cups")
+    stove.run(plan=named)
+    assert stove.last().data == {"outcome": "2 cups"}
+
+
+def test_a_step_can_end_the_run_for_good(stove: Stove) -> None:
+    stove.kitchen.surprises["boil"] = [Aborted("the guests have left")]
+    with pytest.raises(Aborted):
+        stove.run()
+    assert stove.last().data == {"outcome": "aborted", "why": "the guests have left"}
+    before = stove.journal.entries()
+    assert stove.run().finished
+    assert stove.journal.entries() == before
+
+
+def test_how_a_goal_was_reached_may_be_worth_a_line(stove: Stove) -> None:
+    class Sing(Step):
+        name, title = "sing", "sing"
+
+        def observe(self, view: View) -> Observation:
+            return Reached(say="in tune")
+
+    stove.run(plan=Plan((Phase("p", "P", (Sing(),)),)))
+    assert [(p.kind, p.message) for p in stove.told if p.kind == "reached"] == [("reached", "in tune")]
 
 
 class CountingJournal(MemoryJournal):

@@ -16,7 +16,8 @@ from patchpilot.engine.plan import View
 from patchpilot.engine.runner import Runner
 from patchpilot.errors import Blocked, Corrupt, NeedsOperator, NothingToDo, Transient
 from patchpilot.phases import Desk, runbook
-from patchpilot.phases.checks import CHECKS, MOST_LAG, Check, Situation, Verdict, blocking, judge
+from patchpilot.phases.checks import CHECKS, Check, Situation, Verdict, blocking, judge
+from patchpilot.phases.checks.data import MOST_LAG
 from patchpilot.phases.choice import Choice, choose
 from patchpilot.phases.p1_preflight import read
 from patchpilot.recovery.findings import Remedy
@@ -111,6 +112,10 @@ def only(situation: Situation, name: str) -> Check:
     return next(check for check in judge(situation) if check.name == name)
 
 
+def named(situation: Situation, name: str) -> Check:
+    return next(check for check in judge(situation) if check.name == name)
+
+
 def test_everything_passes_when_everything_is_well(situation: Situation) -> None:
     assert set(verdicts(situation).values()) == {Verdict.PASS}
     assert all(check.evidence and check.why and not check.mend for check in judge(situation))
@@ -162,11 +167,11 @@ def test_the_three_dates_are_kept_apart(situation: Situation) -> None:
         return replace(situation, now=now, choice=replace(situation.choice, update=known))
 
     assert verdicts(at(NOON))["update-dates"] is Verdict.PASS
-    late = only(at(NOON + timedelta(days=1)), "update-dates")
+    late = named(at(NOON + timedelta(days=1)), "update-dates")
     assert late.verdict is Verdict.WARN
     for part in ("recommended by 2026-03-02", "cannot be applied after 2026-03-03", "by AWS itself", ": yes"):
         assert part in late.evidence
-    assert only(at(NOON + timedelta(days=2)), "update-dates").verdict is Verdict.BLOCK
+    assert named(at(NOON + timedelta(days=2)), "update-dates").verdict is Verdict.BLOCK
     assert only(at(NOON, None), "update-dates").verdict is Verdict.UNKNOWN
 
 
@@ -311,7 +316,8 @@ def test_a_cluster_that_is_no_broker_is_patched_without_recovery_and_says_why(pi
     for step in ("recover-beforehand", "dry-run", "recover"):
         assert facts[step] == {"skipped": f"cluster broker is a {role}: it holds no tasks to recover"}
     assert pilot.world.remedies == []
-    assert [claim["name"] for claim in facts["verify"]["claims"]] == ["update-complete", "group-available"]
+    claimed = [claim["name"] for claim in facts["verify"]["claims"]]
+    assert claimed == ["update-complete", "group-available", "alarms-quiet"]
 
 
 def test_a_broker_cannot_be_patched_without_recovery(pilot: Pilot) -> None:
@@ -320,7 +326,9 @@ def test_a_broker_cannot_be_patched_without_recovery(pilot: Pilot) -> None:
         replace(place, recovery=None)
     with pytest.raises(Corrupt, match="is a broker"):
         replace(place, nodes=None)
-    assert isinstance(replace(place, role="cache", nodes=None, recovery=None), Desk)
+    with pytest.raises(Corrupt, match="is a broker"):
+        replace(place, workers=None)
+    assert isinstance(replace(place, role="cache", nodes=None, recovery=None, workers=None), Desk)
 
 
 def test_an_update_that_somebody_else_started_is_adopted(pilot: Pilot) -> None:

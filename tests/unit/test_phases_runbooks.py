@@ -16,7 +16,12 @@ from botocore import xform_name
 
 import patchpilot.phases
 from patchpilot.cli.app import app
+from patchpilot.clock import FakeClock
+from patchpilot.engine.journal import MemoryJournal
+from patchpilot.engine.runner import Runner
+from patchpilot.phases.checks import CHECKS
 from patchpilot.postgres.connection import Database
+from tests.crash.world import World, desk
 
 PAGES = Path(__file__).parents[2] / "runbooks"
 PHASES = Path(patchpilot.phases.__file__).parent
@@ -42,6 +47,24 @@ def test_a_page_answers_the_four_questions(page: Path) -> None:
     assert page.read_text().startswith(f"# Phase {number}: ")
 
 
+def test_the_page_of_pre_flight_names_every_check_and_which_of_them_may_be_waived() -> None:
+    page = (PAGES / "p1-preflight.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ") and "|---" not in line]
+    said = {name: row[-1] for row in rows for name in row[0].split(", ")}
+    assert {row.name for row in CHECKS} == said.keys() - {"Check"}
+    assert {row.name for row in CHECKS if row.waivable} == {name for name, worst in said.items() if "waived" in worst}
+
+
+def test_the_page_of_the_verification_names_every_claim(tmp_path: Path) -> None:
+    clock = FakeClock()
+    journal = MemoryJournal(clock)
+    facts = Runner(patchpilot.phases.runbook(desk(World(clock), journal, tmp_path)), journal, clock).run().facts()
+    page = (PAGES / "p7-verify.md").read_text()
+    assert [line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")][1:] == [
+        claim["name"] for claim in facts["verify"]["claims"]
+    ]
+
+
 def test_what_if_speaks_of_everybody_who_can_die() -> None:
     headings = re.findall(r"^## (.+?)(?: \(.*)?$", (PAGES / "what-if.md").read_text(), re.MULTILINE)
     assert headings == [
@@ -61,13 +84,14 @@ def commands(program: str) -> Iterator[list[str]]:
 
 
 def test_every_aws_command_exists_with_its_options() -> None:
-    model = botocore.session.get_session().get_service_model("elasticache")
-    operations = {xform_name(name, "-"): name for name in model.operation_names}
-    seen = 0
+    session, seen = botocore.session.get_session(), 0
+    models = {service: session.get_service_model(service) for service in ("elasticache", "cloudwatch")}
     for _, service, name, *options in commands("aws"):
         if name == "wait":  # named as something not to do
             continue
-        assert (service, name in operations) == ("elasticache", True), name
+        model = models[service]
+        operations = {xform_name(name, "-"): name for name in model.operation_names}
+        assert name in operations, name
         shape: Any = model.operation_model(operations[name]).input_shape
         known = {f"--{xform_name(member, '-')}" for member in shape.members}
         assert {option for option in options if option.startswith("--")} <= known, name

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from patchpilot.elasticache.facts import NodeUpdate, UpdateAction
 from patchpilot.engine.plan import Attempt, Contradicted, NotYet, Observation, Reached, View
 from patchpilot.errors import NeedsOperator, NothingToDo, PatchpilotError, Unsafe
+from patchpilot.phases.desk import Desk
+from patchpilot.phases.operations.service_update import ServiceUpdateOperation, standing
 from patchpilot.phases.p2_trigger import ACKNOWLEDGED, look
 from patchpilot.settings import Runbook
 
@@ -34,8 +36,15 @@ def action(status: str, *nodes: NodeUpdate) -> UpdateAction:
     return UpdateAction("g", "u", status, nodes=nodes)
 
 
+def judged(at: View, shown: UpdateAction | None) -> Observation:
+    """What the trigger makes of an update action."""
+    tried = any(not attempt.refused for attempt in at.attempts)
+    kind = ServiceUpdateOperation(cast("Desk", None))  # which reads nothing here
+    return look(at, standing(shown, {"a", "b"}, tried=tried), RULES, kind)
+
+
 def seen(status: str, at: View) -> Observation:
-    return look(at, action(status), RULES)
+    return judged(at, action(status))
 
 
 def error_of(observation: Observation) -> PatchpilotError:
@@ -51,7 +60,7 @@ APPLICABLE = pytest.mark.parametrize("status", ["not-applied", "stopped", "sched
 
 @APPLICABLE
 def test_it_is_started_if_nobody_has_tried(status: str) -> None:
-    assert seen(status, view(0)) == NotYet(f"u is {status}", act=True)
+    assert seen(status, view(0)) == NotYet(f"it is {status}", act=True)
 
 
 @pytest.mark.parametrize("status", ["waiting-to-start", "in-progress", "stopping", "complete"])
@@ -70,13 +79,19 @@ def test_an_adopted_update_began_when_its_first_node_did_and_says_who_started_it
         NodeUpdate("a", "not-applied"),
         NodeUpdate("b", "complete", started=minutes(-20), initiated_by="system", initiated=minutes(-25)),
     )
-    adopted = look(view(0), action("in-progress", *nodes), RULES)
+    adopted = judged(view(0), action("in-progress", *nodes))
     assert isinstance(adopted, Reached)
     assert adopted.fact["since"] == minutes(-25).isoformat()
     assert adopted.fact["initiated_by"] == ["system"]
-    ours = look(view(3, INTERRUPTED), action("in-progress", *nodes), RULES)
+    ours = judged(view(3, INTERRUPTED), action("in-progress", *nodes))
     assert isinstance(ours, Reached)
     assert ours.fact["since"] == NOON.isoformat()
+    # The request was interrupted, and AWS says that it was not the one that took effect.
+    assert (ours.fact["how"], ours.fact["attempts"]) == ("adopted", 1)
+    assert ours.say == "adopted: it is in-progress, started by system"
+    by_us = judged(view(3, INTERRUPTED), action("in-progress", replace(nodes[1], initiated_by="customer")))
+    assert isinstance(by_us, Reached)
+    assert (by_us.fact["how"], by_us.say) == ("applied", "")
 
 
 @APPLICABLE
@@ -113,7 +128,7 @@ def test_a_request_that_aws_accepted_is_never_made_again(status: str) -> None:
     for since in (0, ACKNOWLEDGED + 1):  # nor by a run that was taken up again
         error = error_of(seen(status, view(ACKNOWLEDGED + 1, ACCEPTED, since=since)))
         assert isinstance(error, Unsafe)
-        assert "AWS accepted u at 2026-03-01 12:00:00 UTC" in str(error)
+        assert "AWS accepted the request of 2026-03-01 12:00:00 UTC" in str(error)
 
 
 def test_a_refusal_is_passed_on_verbatim_after_a_second_look() -> None:
@@ -132,11 +147,11 @@ def test_a_refusal_is_forgotten_once_somebody_has_started_the_run_again() -> Non
 
 
 def test_absent_is_unknown_and_not_for_ever() -> None:
-    assert isinstance(look(view(119), None, RULES), NotYet)
-    assert isinstance(error_of(look(view(120), None, RULES)), Unsafe)
+    assert isinstance(judged(view(119), None), NotYet)
+    assert isinstance(error_of(judged(view(120), None)), Unsafe)
     # Whoever starts the run again after that gets as long again.
-    assert isinstance(look(view(121, contradicted=120), None, RULES), NotYet)
-    assert isinstance(error_of(look(view(240, contradicted=120), None, RULES)), Unsafe)
+    assert isinstance(judged(view(121, contradicted=120), None), NotYet)
+    assert isinstance(error_of(judged(view(240, contradicted=120), None)), Unsafe)
 
 
 def test_aws_scheduling_it_is_waited_for() -> None:
@@ -171,7 +186,7 @@ def test_no_situation_asks_to_act_while_the_update_may_be_running() -> None:
         for now in (1, 1.5, 2, 5, 500):
             for status in statuses:
                 assert not acts(seen(status, view(now, *attempts)))
-            assert not acts(look(view(now, *attempts), None, RULES))
+            assert not acts(judged(view(now, *attempts), None))
             last = attempts[-1] if attempts else None
             if last and not last.refused:
                 too_early = last.interrupted and minutes(now) < last.at + RULES.settle

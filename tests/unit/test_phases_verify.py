@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from patchpilot.clock import FakeClock
+from patchpilot.elasticache.cloudwatch import Alarm
 from patchpilot.elasticache.facts import Group, Member, NodeUpdate, UpdateAction
 from patchpilot.engine.journal import Kind, MemoryJournal, RunRecord
 from patchpilot.engine.runner import Progress, Runner
 from patchpilot.errors import Exit, Transient, VerificationFailed
 from patchpilot.phases import RUNBOOK, runbook
-from patchpilot.phases.p7_verify import Evidence, claims
+from patchpilot.phases.p7_verify import FLIGHT, Evidence, claims
+from patchpilot.phases.proofs import Workplace
 from patchpilot.recovery.findings import Remedy
 from patchpilot.valkey.nodes import Replica, Report
+from patchpilot.workers import Depth, Fleet
 from tests.crash.world import RUNBOOK as RULES
-from tests.crash.world import World, desk, stuck
+from tests.crash.world import World, desk, stuck, worker
 
 PRIMARY = Report("primary", 9, replicas=(Replica("b:6379", "online", 9, 0),))
 REPLICA = Report("replica", 9, link_up=True, silence=0)
@@ -30,6 +33,10 @@ GOOD = Evidence(
     endpoint=PRIMARY,
     members={"a": PRIMARY, "b": REPLICA},
     stuck=(),
+    workplace=Workplace(
+        Fleet((worker("w", proof={"task": "t", "chord": "t"}),), (Depth("celery", 0),)), sent={"instance of w": "t"}
+    ),
+    alarms=(Alarm("memory", "OK", tells=True),),
 )
 
 
@@ -41,6 +48,7 @@ def test_all_claims_hold_when_all_is_well_and_each_has_evidence() -> None:
     assert failing(GOOD) == []
     assert [claim.name for claim in claims(GOOD)] == [
         "update-complete", "group-available", "endpoint-answers", "one-primary", "replicas-follow", "nothing-stuck",
+        "workers-answer", "workers-consume", "queues-drain", "alarms-quiet",
     ]  # fmt: skip
     assert all(claim.evidence for claim in claims(GOOD))
 
@@ -88,12 +96,13 @@ def test_members_that_cannot_be_reached_directly_do_not_fail_what_the_endpoint_s
 def test_what_only_a_person_can_judge_does_not_fail_the_run_but_is_told() -> None:
     odd = replace(GOOD, stuck=(stuck("odd", Remedy.NONE),))
     assert failing(odd) == []
-    assert "1 that only a person can judge" in claims(odd)[-1].evidence
+    stuck_claim = next(claim for claim in claims(odd) if claim.name == "nothing-stuck")
+    assert "1 that only a person can judge" in stuck_claim.evidence
 
 
 def test_a_cluster_without_endpoint_or_recovery_claims_less() -> None:
-    cache = replace(GOOD, endpoint=None, members={}, stuck=None)
-    assert [claim.name for claim in claims(cache)] == ["update-complete", "group-available"]
+    cache = replace(GOOD, endpoint=None, members={}, stuck=None, workplace=None)
+    assert [claim.name for claim in claims(cache)] == ["update-complete", "group-available", "alarms-quiet"]
 
 
 class Pilot:
@@ -107,8 +116,8 @@ class Pilot:
         self.before: dict[str, Callable[[], None]] = {}
         """What happens when a step begins, once."""
 
-    def run(self) -> RunRecord:
-        plan = runbook(desk(self.world, self.journal, self.directory))
+    def run(self, **more: Any) -> RunRecord:
+        plan = runbook(desk(self.world, self.journal, self.directory, **more))
         return Runner(plan, self.journal, self.clock, notify=self._notice).run()
 
     def _notice(self, progress: Progress) -> None:
@@ -231,3 +240,104 @@ def test_callbacks_that_may_have_run_twice_are_on_record(pilot: Pilot) -> None:
     pilot.clock.after(1300, lambda: pilot.world.repeated.append((pilot.clock.now(), row)))
     pilot.world.repeated.append((pilot.clock.now() - timedelta(days=1), {**row, "task_id": "long ago"}))
     assert pilot.run().facts()["verify"]["repeated"] == [row]
+
+
+def sent(pilot: Pilot) -> list[list[str]]:
+    """The workers that canaries were sent to, round by round."""
+    acted = [entry.data for entry in pilot.journal.entries() if (entry.step, entry.kind) == ("verify", Kind.ACTED)]
+    return [sorted(data["sent"]) for data in acted if "sent" in data]
+
+
+def test_a_canary_goes_to_every_worker_once_and_its_return_is_the_proof(pilot: Pilot) -> None:
+    claims = {claim["name"]: claim for claim in pilot.run().facts()["verify"]["claims"]}
+    assert sent(pilot) == [["instance of celery@one", "instance of celery@two"]]
+    assert claims["workers-answer"]["evidence"] == "2 of 2 workers answer"
+    assert claims["workers-consume"]["evidence"] == (
+        "the canary task came back from 2 of 2 workers, the canary chord came back from 2 of 2 workers"
+    )
+    assert claims["queues-drain"]["evidence"] == "1 queue(s) looked at twice"
+    assert pilot.world.caught == 0
+
+
+def test_a_worker_that_answers_but_consumes_nothing_fails_the_verification_and_leaves_no_canary(pilot: Pilot) -> None:
+    def block(busy: dict[str, int]) -> None:
+        pilot.world.fleet[1] = replace(pilot.world.fleet[1], running=busy)
+
+    pilot.before["verify"] = lambda: block({"shop.hold": 2})
+    with pytest.raises(VerificationFailed, match=(
+        r"workers-consume: .*celery@two did not run the canary task and chord \(2 of 2 processes busy: shop.hold x2\)"
+    )) as failure:  # fmt: skip
+        pilot.run()
+    assert failure.value.exit_code == Exit.VERIFICATION_FAILED
+    assert "celery@one" not in str(failure.value)
+    assert (pilot.world.canaries, pilot.world.caught) == ({}, 1)
+    assert len(sent(pilot)) == 1
+
+    pilot.world.fleet[1] = replace(pilot.world.fleet[1], running={})
+    assert pilot.run().finished
+    assert sent(pilot)[1:] == [["instance of celery@one", "instance of celery@two"]]
+    assert len(pilot.world.applied) == 1
+
+
+def test_a_worker_that_lives_and_does_not_answer_fails_the_verification_and_may_answer_late(pilot: Pilot) -> None:
+    def hang() -> None:
+        pilot.world.fleet[0] = replace(pilot.world.fleet[0], answers=False)
+
+    def wake() -> None:
+        pilot.world.fleet[0] = replace(pilot.world.fleet[0], answers=True)
+
+    pilot.before["verify"] = hang
+    with pytest.raises(VerificationFailed, match="workers-answer: 1 of 2 workers answer; celery@one is alive and does"):
+        pilot.run()
+    pilot.before["verify"] = lambda: pilot.clock.after(60, wake)
+    assert pilot.run().finished
+    assert sent(pilot)[1:] == [["instance of celery@two"], ["instance of celery@one"]]
+
+
+def test_a_worker_that_was_started_meanwhile_gets_a_canary_of_its_own(pilot: Pilot) -> None:
+    def grow() -> None:
+        pilot.world.stick(stuck("late"))
+        pilot.clock.after(60, lambda: pilot.world.fleet.append(worker("celery@three")))
+        pilot.clock.after(90, pilot.world.stuck.clear)
+
+    pilot.before["verify"] = grow
+    assert pilot.run().finished
+    assert sent(pilot)[1:] == [["instance of celery@three"]]
+
+
+def test_a_canary_that_was_lost_is_sent_again(pilot: Pilot) -> None:
+    pilot.before["verify"] = lambda: pilot.clock.after(1, pilot.world.canaries.clear)
+    verify = pilot.run(runbook=RULES.model_copy(update={"verify_timeout": 3 * FLIGHT})).steps["verify"]
+    assert len(sent(pilot)) == 2
+    assert verify.reached is not None
+    assert verify.reached.at - verify.attempts[0].at < FLIGHT + 2 * RULES.poll_interval
+
+
+@pytest.mark.parametrize("moment", ["release", "released"])
+def test_a_pilot_that_dies_while_it_sends_canaries_sends_them_again(pilot: Pilot, moment: str) -> None:
+    pilot.world.surprises[moment] = [die]
+    with pytest.raises(KeyboardInterrupt):
+        pilot.run()
+    assert pilot.run().finished
+    assert len(sent(pilot)) == 1
+    assert pilot.world.canaries == {}
+
+
+def test_canaries_that_cannot_be_tidied_away_yet_are_tidied_away_later(pilot: Pilot) -> None:
+    pilot.before["verify"] = lambda: pilot.world.stick(stuck("again"))
+    pilot.world.surprises["tidy"] = [Transient("the broker is away")]
+    with pytest.raises(VerificationFailed):
+        pilot.run()
+    assert pilot.world.caught == 1
+
+
+def test_an_alarm_that_fires_after_the_patch_fails_it_and_one_that_was_waived_before_does_not(pilot: Pilot) -> None:
+    memory, lag = pilot.world.alarms_now
+    pilot.world.alarms_now = [replace(memory, state="ALARM", reason="known"), lag]
+    pilot.before["verify"] = lambda: pilot.world.alarms_now.__setitem__(1, replace(lag, state="ALARM", reason="new"))
+    waivers = {"alarms": "a known leak"}
+    with pytest.raises(VerificationFailed, match=r"alarms-quiet: 2 of 2 alarms fire; .*ReplicationLag is firing: new;"):
+        pilot.run(waivers=waivers)
+    pilot.world.alarms_now[1] = lag
+    claims = {claim["name"]: claim for claim in pilot.run(waivers=waivers).facts()["verify"]["claims"]}
+    assert claims["alarms-quiet"]["evidence"].endswith("fired before the patch already")

@@ -155,6 +155,49 @@ def test_nothing_to_do() -> None:
     assert (report["outcome"], report["why"], report["seconds"]) == ("nothing-to-do", "all complete", 120.0)
 
 
+ABORT = {"why": "stop asked for by ann on laptop", "by": "ann on laptop"}
+
+
+@pytest.mark.parametrize(
+    ("stopped", "how"),
+    [
+        ({"status": "stopped", "attempts": 1}, "AWS was asked to stop it"),
+        ({"status": "complete", "attempts": 0}, "it had come to rest by itself"),
+        (None, "it is being stopped"),
+    ],
+)
+def test_an_aborted_rotation_says_why_by_whom_and_how(stopped: dict[str, Any] | None, how: str) -> None:
+    lines = [
+        say(Kind.STARTED),
+        say(Kind.INTENDED, "watch"),
+        say(Kind.REACHED, "watch", status="in-progress", abort=ABORT),
+    ]
+    lines += [say(Kind.INTENDED, "stop")]
+    if stopped is not None:
+        lines += [say(Kind.REACHED, "stop", **stopped), say(Kind.INTENDED, "verify")]
+        lines += [say(Kind.REACHED, "verify", claims=[])]
+    report = made(journal(*lines))
+    assert report["abort"] == {
+        **ABORT, "status": stopped and stopped["status"], "requests": stopped and stopped["attempts"],
+    }  # fmt: skip
+    assert report["outcome"] == ("aborted" if stopped else "unfinished")
+    assert (report["why"], report["finished_at"] is None) == ((ABORT["why"], False) if stopped else (None, True))
+    page = markdown(report)
+    assert "## Aborted" in page
+    assert f"| How | {how} |" in page
+
+
+def test_a_run_that_was_ended_before_it_began_is_aborted_too() -> None:
+    entries = journal(
+        say(Kind.STARTED, order={"operation": "node-type", "node_type": "cache.r7g.large"}),
+        say(Kind.FINISHED, outcome="aborted", why="ended before anything was started"),
+    )
+    report = made(entries)
+    assert (report["outcome"], report["why"], report["abort"]) == ("aborted", "ended before anything was started", None)
+    assert report["operation"]["kind"] == "node-type"
+    assert report["finished_at"] is not None
+
+
 def test_interruptions_tell_a_kill_from_a_stop_and_from_giving_up() -> None:
     entries = journal(
         say(Kind.STARTED), say(Kind.INTENDED, "watch"), say(Kind.RESUMED, "watch"),

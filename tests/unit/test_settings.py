@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,16 +52,28 @@ def test_the_example_shows_four_clusters_of_which_one_is_the_broker() -> None:
     assert settings.runbook.grace == timedelta(minutes=5)
 
 
+def test_what_the_example_comments_out_can_be_commented_in(tmp_path: Path) -> None:
+    text = (ROOT / "config/patchpilot.example.toml").read_text()
+    block = re.search(r"# (\[runbook\.abort_metric\]\n(?:# .+\n)+)", text)
+    assert block
+    path = tmp_path / "patchpilot.toml"
+    path.write_text(text.replace(block[0], block[0].replace("# ", "", 1).replace("\n# ", "\n")))
+    metric = load(path).runbook.abort_metric
+    assert metric is not None
+    assert (metric.points, metric.above, metric.statistic) == (3, 100, "Sum")
+
+
 def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
     from patchpilot.lab import background
+    from patchpilot.lab.scenario import CALM
 
-    values = {"postgres": '"x"', "region": '"eu-central-1"', "elasticache": '"http://x"', "credentials": '"/x"',
-              "replication_group": '"lab-broker"', "endpoint": '"redis://x"'}  # fmt: skip
+    facts = {"postgres": "x", "region": "eu-central-1", "elasticache": "http://x",
+             "replication_group": "lab-broker", "endpoint": "redis://x"}  # fmt: skip
     written = ROOT / "config/lab.toml"
     import tomllib
 
     ours = tomllib.loads(written.read_text())
-    theirs = tomllib.loads(background._TOML.format(**values))
+    theirs = tomllib.loads(background.configuration(facts, Path("/x"), CALM))
     del theirs["postgres"], theirs["aws"]["endpoint_url"], theirs["aws"]["credentials_file"]
     del theirs["clusters"]["broker"]["endpoint"]
     assert ours == theirs
@@ -78,6 +91,12 @@ def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
         (
             "[clusters.b]\nrole = 'broker'\nreplication_group = '9x'",
             "clusters.b.replication_group: String should match",
+        ),
+        ("[runbook]\nabort_stuck = -1", "runbook.abort_stuck: Input should be greater than or equal to 0"),
+        ("[runbook.abort_metric]\nnamespace = 'n'\nname = 'm'", "runbook.abort_metric: set one of above and below"),
+        (
+            "[runbook.abort_metric]\nnamespace = 'n'\nname = 'm'\nabove = 1\nbelow = 1",
+            "runbook.abort_metric: set one of above and below",
         ),
         ("this is not toml", "not valid TOML"),
         ("postgres = 'x'", "postgres: Input should be"),

@@ -12,7 +12,7 @@ SELECT run.id FROM patchpilot.run
 JOIN patchpilot.lease USING (environment, cluster)
 WHERE environment = %(environment)s AND cluster = %(cluster)s
   AND (run.finished_at IS NULL
-       OR (run.id = lease.run_id AND NOT lease.released AND run.outcome = 'done'
+       OR (run.id = lease.run_id AND NOT lease.released AND run.outcome IN ('done', 'aborted')
            AND run.finished_at > now() - %(lately)s))
 ORDER BY run.finished_at NULLS FIRST
 LIMIT 1

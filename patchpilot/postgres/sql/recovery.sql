@@ -26,7 +26,8 @@ WITH open_chord AS (
     LEFT JOIN LATERAL (
         SELECT count(*) AS count, max(o.sent_at) AS last_sent FROM patchpilot.outbox o WHERE o.group_id = c.group_id
     ) message ON true
-    WHERE c.state IN ('open', 'claimed')
+    -- A canary is the pilot's own: it is never stuck, only late, and what is left of it is purged.
+    WHERE c.state IN ('open', 'claimed') AND c.callback_name <> 'patchpilot.canary'
 )
 SELECT *, now() - progress_at AS age
 FROM open_chord
@@ -62,9 +63,6 @@ SELECT o.message_id::text
 FROM patchpilot.outbox o
 JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
     ON seen.message_id = o.message_id AND seen.resends = o.resends
-
--- name: workers
-SELECT instance::text, name, seen_at > now() - %(stale)s AS alive FROM patchpilot.worker
 
 -- name: ended_parts
 -- Parts that are still to come although their task has ended: the return was interrupted.

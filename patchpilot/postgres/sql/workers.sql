@@ -6,3 +6,6 @@ ON CONFLICT (instance) DO UPDATE SET seen_at = now(), name = EXCLUDED.name
 
 -- name: gone
 DELETE FROM patchpilot.worker WHERE instance = %(instance)s OR seen_at < now() - interval '1 day'
+
+-- name: workers
+SELECT instance::text, name, seen_at > now() - %(stale)s AS alive FROM patchpilot.worker

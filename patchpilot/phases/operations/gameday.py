@@ -1,0 +1,71 @@
+"""A test failover: ``TestFailover``, to rehearse on the real group what a rotation does to it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from patchpilot.elasticache.facts import Application, Event
+from patchpilot.engine.plan import Data
+from patchpilot.errors import NeedsOperator
+from patchpilot.phases.choice import Choice, Offer
+from patchpilot.phases.operations.base import Operation, Sign, Standing, node_rows
+from patchpilot.phases.order import Kind
+from patchpilot.phases.rotation import failover, is_sign
+from patchpilot.phases.sight import Sight
+
+
+class GameDay(Operation):
+    """One failover, and nothing else. It is over when another node is the primary and all are available."""
+
+    kind = Kind.TEST_FAILOVER
+    begins = "fail over, unless that happens already"
+    by_events = True
+    settles = 5  # a second one would be a second failover; and nothing is urgent
+
+    def choose(self, offer: Offer, now: datetime) -> Choice:
+        group = offer.group
+        if len(group.node_group_ids) != 1:
+            raise NeedsOperator(f"a test failover needs exactly one shard, {group.id} has {len(group.node_group_ids)}")
+        return Choice(operation=self.kind, aim={"node_group": group.node_group_ids[0]})
+
+    def baseline(self, aim: Data, sight: Sight) -> Data:
+        return {"events": known_signs(sight)}
+
+    def standing(self, baseline: Data, sight: Sight, *, tried: bool) -> Standing:
+        signs = new_signs(baseline, sight)
+        sign, why = self._sign(baseline["primary"], signs, sight, tried=tried)
+        return Standing(
+            sign, sight.group.status, why, rows=node_rows(sight.nodes, set()), began=signs[0].at if signs else None
+        )
+
+    @staticmethod
+    def _sign(before: str | None, signs: list[Event], sight: Sight, *, tried: bool) -> tuple[Sign, str]:
+        told = [each for each in map(failover, signs) if each]
+        now = sight.group.primary
+        moved = now is not None and before is not None and now != before
+        if moved or (told and told[-1].to == now):
+            why = f"failed over to {now}; the group is {sight.group.status}"
+            return (Sign.OVER if sight.calm else Sign.RUNNING), why
+        if signs or (tried and not sight.calm):
+            return Sign.RUNNING, f"no failover yet; the group is {sight.group.status}"
+        if not sight.calm:
+            return Sign.BUSY, f"something else is under way: the group is {sight.group.status}"
+        return Sign.READY, ""
+
+    def start(self, baseline: Data) -> Application:
+        return self.desk.cloud.test_failover(self.desk.group, baseline["aim"]["node_group"])
+
+
+def known_signs(sight: Sight) -> list[str]:
+    """The signs of rotations that were there before: they tell of nothing new."""
+    return sorted(_key(event) for event in sight.events if is_sign(event))
+
+
+def new_signs(baseline: Data, sight: Sight) -> list[Event]:
+    """The signs of a rotation that have appeared since the baseline, oldest first."""
+    known = set(baseline["events"])
+    return [event for event in sorted(sight.events) if is_sign(event) and _key(event) not in known]
+
+
+def _key(event: Event) -> str:
+    return f"{event.at.isoformat()} {event.source} {event.message}"

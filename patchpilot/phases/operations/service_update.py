@@ -1,0 +1,95 @@
+"""A service update: ``BatchApplyUpdateAction``, followed node by node in ``DescribeUpdateActions``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from patchpilot.elasticache.facts import (
+    APPLICABLE,
+    IN_FLIGHT,
+    Application,
+    UpdateAction,
+    UpdateStatus,
+)
+from patchpilot.engine.plan import Data
+from patchpilot.errors import NothingToDo, Unsafe
+from patchpilot.phases.choice import Choice, Offer, choose
+from patchpilot.phases.notes import noted
+from patchpilot.phases.operations.base import Operation, Sign, Standing
+from patchpilot.phases.order import Kind
+from patchpilot.phases.sight import Sight
+
+
+class ServiceUpdateOperation(Operation):
+    """Apply a service update, from ``not-applied``, ``stopped`` or ``scheduled`` only."""
+
+    kind = Kind.SERVICE_UPDATE
+    begins = "start the update, unless it runs already"
+    stoppable = True
+    by_nodes = False
+    by_actions = True
+
+    def choose(self, offer: Offer, now: datetime) -> Choice:
+        return choose(offer.actions, offer.updates, now, self.desk.order.update)
+
+    def baseline(self, aim: Data, sight: Sight) -> Data:
+        action = sight.action(aim["update"])
+        return {
+            "update": aim["update"],
+            "status": action.status if action else None,
+            "nodes": noted(action.nodes) if action else [],
+        }
+
+    def standing(self, baseline: Data, sight: Sight, *, tried: bool) -> Standing:
+        members = {member.node for member in sight.group.members}
+        return standing(sight.action(baseline["update"]), members, tried=tried)
+
+    def start(self, baseline: Data) -> Application:
+        return self.desk.cloud.apply(baseline["update"], self.desk.group)
+
+
+def standing(action: UpdateAction | None, members: set[str], *, tried: bool) -> Standing:
+    """What an update action means. Absent means unknown, never done."""
+    if action is None:
+        return Standing(Sign.UNKNOWN, why="AWS does not list the update for this group at the moment")
+    sign, why, error = _sign(action, members, tried=tried)
+    dates = [date for node in action.nodes for date in (node.initiated, node.started) if date]
+    return Standing(
+        sign,
+        action.status,
+        why,
+        rows={node.node: noted(node) for node in action.nodes},
+        initiated_by=tuple(sorted({node.initiated_by for node in action.nodes if node.initiated_by})),
+        began=min(dates, default=None),
+        error=error,
+        update=action.update,
+        detail={"group": action.group, "sla_met": action.sla_met, "nodes_updated": action.nodes_updated},
+    )
+
+
+def _sign(action: UpdateAction, members: set[str], *, tried: bool) -> tuple[Sign, str, NothingToDo | Unsafe | None]:
+    if action.status in IN_FLIGHT:
+        return Sign.RUNNING, "", None
+    if action.status == UpdateStatus.COMPLETE:
+        return (Sign.OVER if _on_every_node(action, members) else Sign.RUNNING), "", None
+    if action.status == UpdateStatus.SCHEDULING:
+        return Sign.BUSY, "AWS is scheduling the update by itself", None
+    if action.status == UpdateStatus.STOPPED and tried:
+        return Sign.STOPPED, "", None
+    if action.status in APPLICABLE:
+        return Sign.READY, "", None
+    if action.status == UpdateStatus.NOT_APPLICABLE:
+        return Sign.IMPOSSIBLE, "", _superseded(action, tried=tried)
+    return Sign.IMPOSSIBLE, "", Unsafe(f"AWS reports the update as {action.status!r}, which this version does not know")
+
+
+def _on_every_node(action: UpdateAction, members: set[str]) -> bool:
+    """Whether every member's row says so, or the ratio: a row that is missing is not a node that is done."""
+    listed = {node.node for node in action.nodes}
+    _, _, total = action.nodes_updated.partition("/")
+    return action.complete and (members <= listed or (total.isdigit() and int(total) >= len(members)))
+
+
+def _superseded(action: UpdateAction, *, tried: bool) -> NothingToDo | Unsafe:
+    why = f"{action.update} no longer applies to this group; a newer update may have superseded it"
+    return Unsafe(f"{why}, after it was triggered: look at the group in the console") if tried else NothingToDo(why)

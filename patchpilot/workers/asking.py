@@ -1,0 +1,85 @@
+"""Asking all workers of a site something, over the broker, and knowing which of them did not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from patchpilot.backend.heartbeat import EVERY
+from patchpilot.clock import Backoff, Clock
+from patchpilot.errors import Transient
+from patchpilot.postgres.connection import Database
+from patchpilot.postgres.queries import queries
+
+SQL = queries("workers")
+
+ASK_SECONDS = 1.0
+"""How long workers have to answer. They answer from their main process, also while their pool is busy."""
+
+
+@dataclass
+class Answers:
+    """What came back."""
+
+    by_instance: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    puzzled: set[str] = field(default_factory=set)
+    """Names of workers that do not know the question: another version of patchpilot, or none."""
+    silent: dict[str, str] = field(default_factory=dict)
+    """Those that are alive and did not answer, or not as one that knows the question: instance -> name."""
+
+
+class Asking:
+    """Asks the workers of one site.
+
+    :param stale: a worker that gave no sign of life for this long counts as dead.
+    """
+
+    def __init__(self, database: Database, app: Celery, clock: Clock, stale: timedelta) -> None:
+        self._database = database
+        self._app = app
+        self._clock = clock
+        self._stale = stale
+
+    def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Answers:
+        """Ask every worker.
+
+        One that does not answer is waited for until it answers or has not been heard of for so long that it counts as
+        dead; one that lives on in silence is busy, or cut off from the broker. Workers go by instance, because two of
+        them may have the same name; what does not know the question has only its name.
+
+        :raises Transient: the broker or PostgreSQL cannot be reached.
+        """
+        answers = Answers()
+        patience = Backoff(self._clock, (self._stale + EVERY).total_seconds(), first=0.5)
+        while True:
+            self._broadcast(command, dict(arguments or {}), answers)
+            alive = self.alive()
+            answers.silent = {key: alive[key] for key in alive.keys() - answers.by_instance}
+            if answers.puzzled.issuperset(answers.silent.values()) or not patience.pause():
+                return answers
+
+    def alive(self) -> dict[str, str]:
+        """The workers that give a sign of life: instance -> name."""
+        rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
+        return {row["instance"]: row["name"] for row in rows if row["alive"]}
+
+    def _broadcast(self, command: str, arguments: dict[str, Any], answers: Answers) -> None:
+        try:
+            # A connection of its own each time: a pooled one may lead to where the primary was.
+            with self._app.connection_for_write() as connection:
+                replies = self._app.control.broadcast(
+                    command, arguments=arguments, reply=True, timeout=ASK_SECONDS, connection=connection
+                )
+        except (OperationalError, RedisError, OSError) as error:
+            raise Transient(f"the workers cannot be asked, the broker is away: {error}") from error
+        for name, answer in ((name, answer) for reply in replies or () for name, answer in reply.items()):
+            if isinstance(answer, dict) and "instance" in answer:
+                answers.by_instance[answer["instance"]] = answer
+            else:
+                answers.puzzled.add(name)
