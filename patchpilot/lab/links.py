@@ -32,7 +32,8 @@ class Link:
         self._target = target
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"link {self.address}", daemon=True)
-        self._door: socket.socket | asyncio.Server | None = None
+        # Bound from the start: a port that was only looked up could be somebody else's by the time this link starts.
+        self._door: socket.socket | asyncio.Server | None = self._bound()
         self._sides: set[_Side] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._thawed = asyncio.Event()
@@ -66,6 +67,9 @@ class Link:
     def stop(self) -> None:
         """Drop every connection and stop listening. A stopped link cannot be started again."""
         if not self._thread.is_alive():
+            if isinstance(self._door, socket.socket):
+                self._door.close()
+                self._door = None
             return
         self._do(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)

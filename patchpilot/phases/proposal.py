@@ -119,10 +119,10 @@ def aim_of(planned: Mapping[str, Any]) -> dict[str, str]:
 
 
 class HoldToPlan(Step):
-    """What is about to be done is on record; and it is what was planned, if it was."""
+    """If the run is held to a plan: what there is to do is what was planned."""
 
     name = "plan"
-    title = "see what there is to do, and whether it is what was planned"
+    title = "see whether there is to do what was planned, if it was planned"
     volatile = True
 
     def __init__(self, desk: Desk) -> None:
@@ -131,25 +131,28 @@ class HoldToPlan(Step):
     def observe(self, view: View) -> Observation:
         if request := stop(self._desk.requests()):
             return Contradicted(Aborted(f"ended before anything was started: {request}"))
-        asked = self._desk.order.plan
-        held = self._desk.recall(asked) if asked else None
-        if asked and held is None:
-            return Contradicted(Usage(f"there is no plan {asked} for this cluster: make one with `patchpilot plan`"))
-        if held and held.get("carried_out_by"):
-            return Contradicted(NothingToDo(f"plan {asked} was carried out by run {held['carried_out_by']}"))
         if self._desk.gauge:
             self._desk.gauge.newest(view.now)  # whoever may not read it is told now, not in the middle
+        asked = self._desk.order.plan
+        return self._compared(asked, view.now) if asked else Reached({"digest": None})
+
+    def _compared(self, asked: str, now: datetime) -> Observation:
+        held = self._desk.recall(asked)
+        if held is None:
+            return Contradicted(Usage(f"there is no plan {asked} for this cluster: make one with `patchpilot plan`"))
+        if held.get("carried_out_by"):
+            return Contradicted(NothingToDo(f"plan {asked} was carried out by run {held['carried_out_by']}"))
         try:
-            content = propose(self._desk, view.now)
+            content = propose(self._desk, now)
         except NothingToDo as reason:
-            return Contradicted(_gone(asked, held, reason) if held else reason)
-        different = changes(held, content) if held else ""
+            return Contradicted(_gone(asked, held, reason))
+        different = changes(held, content)
         if different:
             return Contradicted(Blocked(f"the world has changed since plan {asked} was made: {different}"))
         return Reached({"digest": digest(content), "proposal": content, "held": held})
 
 
-def _gone(asked: str | None, held: Mapping[str, Any], reason: NothingToDo) -> Blocked:
+def _gone(asked: str, held: Mapping[str, Any], reason: NothingToDo) -> Blocked:
     return Blocked(
         f"the world has changed since plan {asked} was made: {held['what']} was {held['status']}, and now {reason}"
     )

@@ -109,7 +109,7 @@ def _operation(record: RunRecord, facts: Mapping[str, Any]) -> Json:
     return {
         "kind": kind,
         "what": f"observation of {update}" if kind == "observe" and update else ready.get("what"),
-        "plan": plan.get("digest"),
+        "plan": plan.get("digest") or approved.get("digest"),
         "held_to": record.order.get("plan"),
         "approved_by": approved.get("by"),
         "approved_at": approved.get("at"),

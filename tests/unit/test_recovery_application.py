@@ -6,8 +6,8 @@ import ssl
 
 import pytest
 import redis
-
 from patchpilot.recovery.application import Site, application, backend_of
+
 from patchpilot.transport import Transport
 
 
