@@ -237,7 +237,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 return  # nobody waits for it any more
             if chord is None:  # sent by a producer that does not use this backend yet
                 super().on_chord_part_return(request, state, result, **kwargs)
-            elif chord.live and (chord.counted_here or self._counted(request)):
+            elif chord.live and (chord.ready is not False if chord.counted_here else self._counted(request)):
                 self.finish_chord(group_id, spare=request.chord)
         except EncodeError:
             raise

@@ -52,6 +52,8 @@ class Waiting:
     """PostgreSQL is to be asked whether it is complete: it counts, or the count in Valkey may have lost parts."""
     unforeseen: bool
     """This part is not on record yet: a generator produces the header, and no message told of it."""
+    ready: bool | None = None
+    """It is complete and nobody dispatches it; None if that has not been asked."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,8 @@ class Opening:
 
     def write(self, connection: Connection, publish_error: str | None = None) -> None:
         """Write it and its members down, unless the same chord is on record already."""
-        if connection.execute(SQL["open"], {**self.row, "publish_error": publish_error}).fetchone():
-            connection.execute(SQL["clear_parts"], self.row)
-            connection.execute(SQL["clear_starts"], self.row)
-            connection.execute(SQL["add_parts"], {"group_id": self.group_id, "task_ids": list(self.task_ids)})
+        more = {"publish_error": publish_error, "task_ids": list(self.task_ids)}
+        connection.execute(SQL["open"], {**self.row, **more})
 
 
 class Chords:
@@ -179,7 +179,10 @@ class Chords:
 
 def waiting(rows: Sequence[Row]) -> Waiting | None:
     """What a statement that returned a part says of its chord."""
-    return Waiting(rows[0]["live"], rows[0]["counted_here"], rows[0]["unforeseen"]) if rows else None
+    if not rows or rows[0]["live"] is None:
+        return None
+    row = rows[0]
+    return Waiting(row["live"], row["counted_here"], row["unforeseen"], row.get("ready"))
 
 
 def _opener() -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -99,7 +100,7 @@ class Outbox:
         self._shadow = shadow
         self.foresee: Callable[[Connection, Part], None] = lambda _connection, _part: None
         """Told of each part of a chord that a message will bring, in the transaction that writes the message down."""
-        self._run: Callable[[Work], None] = run or database.run
+        self._run: Callable[[Work], None] = run or partial(database.run, pipelined=True)
 
     def install(self) -> None:
         """Put the outbox between the application and its broker. Once; a second call changes nothing."""
@@ -182,7 +183,7 @@ class Outbox:
             self._work(_merged(dispatches, ours))(connection)
             return ours
 
-        ours = self._database.run(work)
+        ours = self._database.run(work, pipelined=True)
         whole = _merged(dispatches, ours)
         if whole.messages:
             with self._app.producer_or_acquire() as producer:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
@@ -59,17 +59,20 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, work: Callable[[Connection], T]) -> T:
+    def run(self, work: Callable[[Connection], T], *, pipelined: bool = False) -> T:
         """Do ``work`` in one transaction, again from the start if the connection is lost on the way.
 
         ``work`` must therefore be idempotent: a commit whose answer was lost is repeated.
 
+        :param pipelined: wait for answers only where ``work`` fetches rows, and at the end. How many rows a statement
+            touched is not known before.
         :raises Transient: PostgreSQL stayed away for the whole budget.
         :raises NeedsOperator: it refuses us, or its schema is not ours.
         """
 
         def transact(connection: Connection) -> T:
-            with connection.transaction():
+            together = connection.pipeline() if pipelined and psycopg.Pipeline.is_supported() else nullcontext()
+            with together, connection.transaction():
                 return work(connection)
 
         return self._persistently(transact)
@@ -93,6 +96,7 @@ class Database:
             except (
                 psycopg.errors.UndefinedTable,
                 psycopg.errors.UndefinedColumn,
+                psycopg.errors.UndefinedFunction,
                 psycopg.errors.InvalidSchemaName,
             ) as error:
                 raise NeedsOperator("the patchpilot tables are missing or old: run `patchpilot db migrate`") from error

@@ -1,38 +1,11 @@
 -- A chord from its opening to the dispatch of its callback.
 
 -- name: open
--- A frozen chord that is applied again keeps its ids and begins anew. Sent by the same task it is a repetition (the step
--- before it in a chain was delivered twice): what is on record stands, and no row returns.
-INSERT INTO patchpilot.chord AS c (
-    group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
-    result_serializer, structure, opener, generating, counting, shadow, publish_error
-) VALUES (
+SELECT patchpilot.open_chord(
     %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
     %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(opener)s, %(generating)s, %(counting)s,
-    %(shadow)s, %(publish_error)s
+    %(shadow)s, %(publish_error)s, %(task_ids)s
 )
-ON CONFLICT (group_id) DO UPDATE SET
-    state = 'open', callback_id = EXCLUDED.callback_id, callback_name = EXCLUDED.callback_name,
-    callback = EXCLUDED.callback, callback_type = EXCLUDED.callback_type,
-    callback_encoding = EXCLUDED.callback_encoding, unrecoverable = EXCLUDED.unrecoverable, routes = EXCLUDED.routes,
-    result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure, opener = EXCLUDED.opener,
-    generating = EXCLUDED.generating, counting = EXCLUDED.counting,
-    shadow = EXCLUDED.shadow, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
-    size = 0, claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, finished_at = NULL
-WHERE c.callback_id <> EXCLUDED.callback_id OR c.opener <> EXCLUDED.opener
-RETURNING group_id
-
--- name: clear_parts
-DELETE FROM patchpilot.chord_part WHERE group_id = %(group_id)s
-
--- name: clear_starts
--- The callback of a chord that begins anew is another one, under the same id.
-DELETE FROM patchpilot.fence WHERE scope = %(group_id)s
-
--- name: add_parts
-INSERT INTO patchpilot.chord_part (group_id, position, task_id)
-SELECT %(group_id)s, header.position - 1, header.task_id
-FROM unnest(%(task_ids)s::text[]) WITH ORDINALITY AS header (task_id, position)
 
 -- name: lock
 SELECT group_id FROM patchpilot.chord WHERE group_id = %(group_id)s FOR UPDATE
@@ -86,15 +59,8 @@ FROM patchpilot.chord WHERE group_id = %(group_id)s
 UPDATE patchpilot.chord SET publish_error = %(error)s WHERE group_id = ANY(%(group_ids)s) AND state = 'open'
 
 -- name: ready
--- Which of these chords are complete and free to be claimed. Asked after a part has been committed: of parts that return
--- at once, whoever commits last sees all of them, and no row is fought over.
-SELECT c.group_id
-FROM patchpilot.chord c
-WHERE c.group_id = ANY(%(group_ids)s)
-  AND (c.state = 'open' OR (c.state = 'claimed' AND c.claim_until < now()))
-  AND NOT c.generating
-  AND (c.size = 0 OR c.size <= (SELECT count(*) FROM patchpilot.chord_part p WHERE p.group_id = c.group_id))
-  AND NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = c.group_id AND p.state IS NULL)
+-- Which of these chords are complete and free to be claimed.
+SELECT asked.group_id FROM unnest(%(group_ids)s::text[]) AS asked (group_id) WHERE patchpilot.chord_ready(asked.group_id)
 
 -- name: claim
 -- Whoever gets the row may dispatch, the worker of the last part and recovery alike; everybody else gets nothing.

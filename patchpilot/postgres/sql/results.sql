@@ -9,30 +9,10 @@ SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at 
 WHERE r.state <> 'SUCCESS'
 
 -- name: finish
--- The end of a task in one statement: its result, its part of a chord, its message and its start. What it has not got is
--- null here and matches nothing. A row returns if the part belongs to a chord on record.
-WITH stored AS (
-    INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-    VALUES (%(task_id)s, %(state)s, %(meta)s, now() + %(expires)s)
-    ON CONFLICT (task_id) DO UPDATE
-    SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
-    WHERE r.state <> 'SUCCESS'
-), returned AS (
-    UPDATE patchpilot.chord_part
-    SET state = %(state)s, payload = %(payload)s, returned_at = now()
-    WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND state IS NULL
-), ended AS (
-    DELETE FROM patchpilot.outbox WHERE message_id = %(message_id)s
-), run AS (
-    UPDATE patchpilot.fence SET finished_at = now()
-    WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s
-      AND finished_at IS NULL
+CALL patchpilot.end_task(
+    %(task_id)s, %(state)s, %(meta)s, %(expires)s, %(group_id)s, %(payload)s, %(message_id)s,
+    %(scope)s, %(attempt)s, %(owner)s, NULL, NULL, NULL, NULL
 )
-SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here,
-       (generating OR size > 0) AND NOT EXISTS (
-           SELECT FROM patchpilot.chord_part WHERE group_id = %(group_id)s AND task_id = %(task_id)s
-       ) AS unforeseen
-FROM patchpilot.chord WHERE group_id = %(group_id)s
 
 -- name: get
 SELECT task_id, meta FROM patchpilot.result WHERE task_id = ANY(%(task_ids)s)
