@@ -29,7 +29,7 @@ class Approve(Step):
         requests = self._desk.requests()
         if request := stop(requests):
             return Contradicted(Aborted(f"ended before anything was started: {request}"))
-        content = propose(self._desk, view.now)
+        content = propose(self._desk, view.now, view.facts["readiness"]["aim"])
         key = digest(content)
         pending = {"proposal": content, "digest": key}
         if content["adopted"]:

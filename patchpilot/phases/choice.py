@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from patchpilot.elasticache.facts import APPLICABLE, AVAILABLE, IN_FLIGHT, Group, Node, ServiceUpdate, UpdateAction
+from patchpilot.elasticache.facts import (
+    APPLICABLE,
+    AVAILABLE,
+    IN_FLIGHT,
+    Group,
+    Node,
+    ServiceUpdate,
+    UpdateAction,
+    UpdateStatus,
+)
 from patchpilot.errors import NeedsOperator, NothingToDo
 from patchpilot.phases.order import Kind
 
@@ -22,6 +31,9 @@ class Offer:
     nodes: tuple[Node, ...]
     actions: tuple[UpdateAction, ...]
     updates: tuple[ServiceUpdate, ...]
+    meant: Mapping[str, str] = field(default_factory=dict)
+    """The aim of this run, if it was interrupted after it had found that safe: somebody may have reached it meanwhile,
+    and then there is still a failover to deal with."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Choice:
     aim: Mapping[str, str] = field(default_factory=dict)
     """What is to be reached, by operation: ``update``, ``engine``, ``engine_version``, ``node_type`` ..."""
     running: bool = False
-    """Whether an operation that is no service update runs already."""
+    """Whether an operation that is no service update runs already; or one that this run was about to start is over."""
 
     @property
     def adopted(self) -> bool:
@@ -68,15 +80,23 @@ class Choice:
 
 
 def choose(
-    actions: Iterable[UpdateAction], updates: Iterable[ServiceUpdate], now: datetime, asked: str | None
+    actions: Iterable[UpdateAction],
+    updates: Iterable[ServiceUpdate],
+    now: datetime,
+    asked: str | None,
+    meant: str | None = None,
 ) -> Choice:
     """The update asked for; else one that already runs; else the newest that applies.
 
+    :param meant: the one that this run had chosen before it was interrupted; chosen again if it is complete by now.
     :raises NothingToDo: nothing applies; the message says what became of each.
     :raises NeedsOperator: the one asked for is not for this group.
     """
     known = {update.name: update for update in updates}
     choices = [Choice(action, known.get(action.update), aim={"update": action.update}) for action in actions]
+    done = [it for it in choices if it.action.update == meant and it.action.status == UpdateStatus.COMPLETE]
+    if done and asked in {None, meant}:
+        return replace(done[0], running=True)
     if asked is not None:
         return _asked(choices, now, asked)
     running = [choice for choice in choices if choice.adopted]

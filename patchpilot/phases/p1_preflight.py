@@ -61,7 +61,7 @@ class Readiness(Step):
         try:
             situation = read(self._desk, view)
         except NothingToDo as error:
-            return Contradicted(error)
+            return Contradicted(_and_stuck(error, _stuck(self._desk, patient=False)))
         checks = judge(situation, self._desk.waivers)
         failed = blocking(checks, self._desk.role)
         said = {"checks": noted(checks), "waivers": dict(self._desk.waivers)}
@@ -114,7 +114,8 @@ def read(desk: Desk, view: View) -> Situation:
     patient = view.now < view.since + PATIENCE
     updates = known(desk.cloud.service_updates, patient=patient)
     nodes = known(lambda: desk.cloud.nodes(group), patient=patient)
-    choice = operation(desk).choose(offered(group, nodes, actions, updates), view.now)
+    meant = view.facts.get("readiness", {}).get("aim", {})
+    choice = operation(desk).choose(offered(group, nodes, actions, updates, meant), view.now)
     members = [member.node for member in group.members]
     return Situation(
         now=view.now,
@@ -151,6 +152,13 @@ def _parameters(desk: Desk, nodes: tuple[Node, ...] | str, patient: bool) -> Map
 def _stuck(desk: Desk, patient: bool) -> tuple[Finding, ...] | str | None:
     recovery = desk.recovery
     return known(lambda: recovery.survey(desk.window), patient=patient) if recovery else None
+
+
+def _and_stuck(nothing: NothingToDo, stuck: tuple[Finding, ...] | str | None) -> NothingToDo:
+    """No run will recover them: say so."""
+    curable = [] if isinstance(stuck, str) else [finding for finding in stuck or () if finding.curable]
+    more = f"; {len(curable)} stuck all the same: run `patchpilot recover`" if curable else ""
+    return NothingToDo(f"{nothing}{more}")
 
 
 def _versions(situation: Situation) -> dict[str, str]:

@@ -92,7 +92,7 @@ class Apply(Step):
         bound = view.facts["approve"].get("proposal") or view.facts["plan"].get("held")
         if bound is None or _tried(view):
             return None
-        different = changes(bound, propose(self._desk, view.now))
+        different = changes(bound, propose(self._desk, view.now, view.facts["readiness"]["aim"]))
         why = f"the world has changed since this was agreed to: {different}"
         return Contradicted(Blocked(why)) if different else None
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Any
 
 from patchpilot.elasticache.cloudwatch import Alarm
 from patchpilot.elasticache.facts import Group, UpdateAction
 from patchpilot.engine.plan import (
+    Attempt,
     Contradicted,
     Data,
     Effect,
@@ -86,7 +88,7 @@ class Prove(Step):
             return Reached(fact)
         what = "; ".join(f"{claim.name}: {claim.evidence}" for claim in failing)
         seen = {**view.seen, **_noted(at.workplace), "waiting": _waiting(view, at.workplace)}
-        if view.now < view.since + self._desk.runbook.verify_timeout:
+        if view.now < _began(view) + self._desk.runbook.verify_timeout or (seen["waiting"] and not _tries(view)):
             return NotYet(what, act=bool(seen["waiting"]), seen=seen)
         if _untidy(view):
             return NotYet(what, act=True, seen={**seen, "waiting": {}})
@@ -147,33 +149,41 @@ def claims(at: Evidence) -> tuple[Claim, ...]:
     return (*proof, quiet) if quiet else tuple(proof)
 
 
-def _rounds(view: View) -> list[tuple[datetime, Data]]:
-    """When canaries were sent or tidied away within this patience, and which."""
-    return [(it.at, it.outcome) for it in view.attempts if it.outcome and it.at >= view.since]
+def _tries(view: View) -> list[Attempt]:
+    """When canaries were sent or tidied away within this patience."""
+    return [attempt for attempt in view.attempts if attempt.at >= view.since]
 
 
-def _flights(view: View) -> dict[str, tuple[str, datetime]]:
+def _began(view: View) -> datetime:
+    """Since when there is something to wait for: this process may have stood still before it sent anything."""
+    return next((attempt.at for attempt in _tries(view)), view.since)
+
+
+def _flights(tries: Iterable[Attempt]) -> dict[str, tuple[str, datetime]]:
     """The canaries that were sent: instance -> the token of the last one, and when it left."""
     flights: dict[str, tuple[str, datetime]] = {}
-    for at, outcome in _rounds(view):
-        flights |= {instance: (token, at) for instance, token in outcome.get("sent", {}).items()}
+    for attempt in tries:
+        sent = (attempt.outcome or {}).get("sent", {})
+        flights |= {instance: (token, attempt.at) for instance, token in sent.items()}
     return flights
 
 
 def _sent(view: View) -> dict[str, str]:
-    return {instance: token for instance, (token, _) in _flights(view).items()}
+    return {instance: token for instance, (token, _) in _flights(_tries(view)).items()}
 
 
 def _untidy(view: View) -> bool:
     """Whether canaries were sent that nobody has tidied away yet."""
-    return bool(_flights(view)) and not _rounds(view)[-1][1].get("tidied")
+    return bool(_sent(view)) and not (_tries(view)[-1].outcome or {}).get("tidied")
 
 
 def _waiting(view: View, at: Workplace | None) -> dict[str, str]:
     """The workers that should be sent a canary: instance -> serialiser."""
     if at is None:
         return {}
-    left = {instance for instance, (_, sent_at) in _flights(view).items() if view.now < sent_at + FLIGHT}
+    # What was interrupted after they left may have tidied them away.
+    certain = list(takewhile(lambda attempt: not attempt.interrupted, reversed(_tries(view))))
+    left = {name for name, (_, at) in _flights(reversed(certain)).items() if view.now < at + FLIGHT}
     wanted = [it for it in at.judged if can_prove(it) and it.instance not in left and not is_proven(it, at.sent)]
     return {worker.instance: worker.serializer for worker in wanted}
 

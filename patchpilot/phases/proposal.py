@@ -34,13 +34,18 @@ def offered(
     nodes: tuple[Node, ...] | str,
     actions: tuple[UpdateAction, ...],
     updates: tuple[ServiceUpdate, ...] | str,
+    meant: Mapping[str, str],
 ) -> Offer:
     """What there is to choose from, as far as AWS says it: what it refuses to say, pre-flight calls unknown."""
-    return Offer(group, () if isinstance(nodes, str) else nodes, actions, () if isinstance(updates, str) else updates)
+    return Offer(
+        group, () if isinstance(nodes, str) else nodes, actions, () if isinstance(updates, str) else updates, meant
+    )
 
 
-def propose(desk: Desk, now: datetime) -> Json:
+def propose(desk: Desk, now: datetime, meant: Mapping[str, str] | None = None) -> Json:
     """What a run would do now, with all that it rests on.
+
+    :param meant: as for :class:`~patchpilot.phases.choice.Offer`.
 
     :raises NothingToDo: nothing.
     :raises NeedsOperator: it cannot be done.
@@ -48,7 +53,7 @@ def propose(desk: Desk, now: datetime) -> Json:
     actions = desk.cloud.update_actions(desk.group)
     group = desk.cloud.group(desk.group)
     updates = known(desk.cloud.service_updates, patient=True)
-    offer = offered(group, known(lambda: desk.cloud.nodes(group), patient=True), actions, updates)
+    offer = offered(group, known(lambda: desk.cloud.nodes(group), patient=True), actions, updates, meant or {})
     choice, nodes = operation(desk).choose(offer, now), offer.nodes
     update = choice.update
     content: Json = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchpilot.clock import FakeClock
-from patchpilot.engine.journal import Journal, MemoryJournal, RunRecord
+from patchpilot.engine.journal import Journal, Kind, MemoryJournal, RunRecord
 from patchpilot.engine.runner import Runner
 from patchpilot.errors import Exit, PatchpilotError
 from patchpilot.lab.scenario import Scenario
@@ -62,6 +62,11 @@ class Rehearsal:
     @property
     def finished(self) -> bool:
         return RunRecord.of(self.journal.entries()).finished is not None
+
+    @property
+    def looked(self) -> bool:
+        """Whether pre-flight had found it safe to go on, whoever looked."""
+        return any(it.kind is Kind.REACHED and it.step == "readiness" for it in self.journal.entries())
 
     def end(self) -> End:
         """How things stand, once AWS has finished what it does as well."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from dataclasses import replace
 from datetime import datetime
 
-from patchpilot.elasticache.facts import Application, Group, Modification, Node
+from patchpilot.elasticache.facts import Application, Modification, Node
 from patchpilot.engine.plan import Data
 from patchpilot.errors import Blocked, NeedsOperator, NothingToDo
 from patchpilot.phases.choice import Choice, Offer
@@ -64,12 +65,15 @@ class _Modification(Operation):
     def start(self, baseline: Data) -> Application:
         return self.desk.cloud.modify(self.desk.group, self.change(baseline["aim"]))
 
-    def _chosen(self, aim: dict[str, str], group: Group, nodes: tuple[Node, ...]) -> Choice:
+    def _chosen(self, aim: dict[str, str], offer: Offer) -> Choice:
         """``aim``, unless every node has it. Somebody else is at it if some have, and the group is being modified."""
+        group, nodes = offer.group, offer.nodes
         done = [node for node in nodes if self.has(aim, node)]
         ours = any(self.pending_as in node.pending for node in nodes)
         choice = Choice(operation=self.kind, aim=aim, running=not group.available and (bool(done) or ours))
         if nodes and len(done) == len(nodes) and group.available and not ours:
+            if aim == offer.meant:
+                return replace(choice, running=True)
             raise NothingToDo(f"every node of {group.id} has it already: {choice.what}")
         return choice
 
@@ -87,7 +91,7 @@ class EngineUpgrade(_Modification):
         aim = {"engine": engine, "engine_version": order.engine_version or ""}
         if order.parameter_group:
             aim["parameter_group"] = order.parameter_group
-        choice = self._chosen(aim, group, nodes)
+        choice = self._chosen(aim, offer)
         if (group.engine, engine) == ("valkey", "redis"):
             raise Blocked("a group cannot go back from valkey to redis: check --engine")
         newer = [n for n in nodes if n.engine == engine and _number(n.engine_version) > _number(aim["engine_version"])]
@@ -118,7 +122,7 @@ class NodeType(_Modification):
 
     def choose(self, offer: Offer, now: datetime) -> Choice:
         aim = {"node_type": self.desk.order.node_type or ""}
-        choice = self._chosen(aim, offer.group, offer.nodes)
+        choice = self._chosen(aim, offer)
         if choice.adopted:
             return choice
         allowed = self.desk.cloud.node_types(self.desk.group)

@@ -30,7 +30,7 @@ class ServiceUpdateOperation(Operation):
     by_actions = True
 
     def choose(self, offer: Offer, now: datetime) -> Choice:
-        return choose(offer.actions, offer.updates, now, self.desk.order.update)
+        return choose(offer.actions, offer.updates, now, self.desk.order.update, offer.meant.get("update"))
 
     def baseline(self, aim: Data, sight: Sight) -> Data:
         action = sight.action(aim["update"])
