@@ -81,6 +81,19 @@ class TestChoice:
         updates = [update("a", released=1), update("b")]
         assert choose([action("a"), action("b")], updates, NOON, "b").action.update == "b"
 
+    @pytest.mark.parametrize("asked", [None, "a"])
+    def test_one_that_this_run_had_chosen_is_followed_if_somebody_completed_it_meanwhile(
+        self, asked: str | None
+    ) -> None:
+        chosen = choose([action("a", "complete"), action("b")], [], NOON, asked, "a")
+        assert chosen.action.update == "a"
+        assert chosen.adopted
+        with pytest.raises(NothingToDo):
+            choose([action("a", "complete")], [], NOON, asked)
+
+    def test_the_one_asked_for_goes_before_one_that_was_chosen_once(self) -> None:
+        assert choose([action("a", "complete"), action("b")], [], NOON, "b", "a").action.update == "b"
+
     def test_one_asked_for_that_is_not_listed_is_a_persons_mistake(self) -> None:
         with pytest.raises(NeedsOperator, match=r"'c'.*listed: a, b"):
             choose([action("b"), action("a")], [], NOON, "c")

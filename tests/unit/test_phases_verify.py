@@ -323,6 +323,24 @@ def test_a_pilot_that_dies_while_it_sends_canaries_sends_them_again(pilot: Pilot
     assert pilot.world.canaries == {}
 
 
+def test_a_pilot_that_stands_still_before_it_has_sent_a_canary_gives_it_its_time(pilot: Pilot) -> None:
+    pilot.before["verify"] = lambda: pilot.clock.sleep(2 * RULES.verify_timeout.total_seconds())
+    assert pilot.run().finished
+    assert len(sent(pilot)) == 1
+
+
+def test_canaries_that_a_dying_pilot_may_have_tidied_away_are_not_waited_for(pilot: Pilot) -> None:
+    pilot.before["verify"] = lambda: pilot.world.stick(stuck("again"))
+    pilot.world.surprises["tidy"] = [die]
+    with pytest.raises(KeyboardInterrupt):
+        pilot.run()
+    pilot.world.canaries.clear()
+    pilot.world.stuck.clear()
+    pilot.before.clear()
+    assert pilot.run().finished
+    assert len(sent(pilot)) == 2
+
+
 def test_canaries_that_cannot_be_tidied_away_yet_are_tidied_away_later(pilot: Pilot) -> None:
     pilot.before["verify"] = lambda: pilot.world.stick(stuck("again"))
     pilot.world.surprises["tidy"] = [Transient("the broker is away")]
