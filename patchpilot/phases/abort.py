@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 
 from patchpilot.elasticache.facts import UpdateStatus
 from patchpilot.engine.plan import Data
 from patchpilot.engine.requests import stop
 from patchpilot.errors import PatchpilotError
-from patchpilot.phases.desk import Desk, Gauge
+from patchpilot.phases.desk import Desk
 from patchpilot.phases.operations import Sign, Standing
 from patchpilot.recovery.findings import Finding
 from patchpilot.settings import Metric
 
 
-def reason_to_stop(desk: Desk, at: Standing, now: datetime) -> Data | None:
-    """Why the rotation has to be stopped, and who says so; None if it has not."""
+@dataclass(frozen=True)
+class Limits:
+    """Whether the rotation has to be stopped."""
+
+    stop: Data | None = None
+    """Why, and who says so; None if it has not."""
+    unread: tuple[str, ...] = ()
+    """What could not be read: the limits on it are not watched at the moment."""
+
+
+def limits(desk: Desk, at: Standing, now: datetime) -> Limits:
+    """Ask whoever may stop the rotation, and look at what has a limit."""
     if request := stop(desk.requests()):
-        return {"why": str(request), "by": request.by}
+        return Limits({"why": str(request), "by": request.by})
     if at.sign is not Sign.RUNNING or at.status == UpdateStatus.STOPPING or not at.update:
-        return None
-    why = _too_much_stuck(desk) or _past_the_limit(desk, now)
-    return {"why": why, "by": "patchpilot"} if why else None
+        return Limits()
+    unread = []
+    for limit in (_too_much_stuck, _past_the_limit):
+        try:
+            if why := limit(desk, now):
+                return Limits({"why": why, "by": "patchpilot"})
+        except PatchpilotError as error:
+            unread.append(str(error))
+    return Limits(unread=tuple(unread))
 
 
-def _too_much_stuck(desk: Desk) -> str:
+def _too_much_stuck(desk: Desk, _now: datetime) -> str:
     limit = desk.runbook.abort_stuck
     if limit is None or desk.recovery is None:
         return ""
-    try:
-        stuck = desk.recovery.survey(desk.window)
-    except PatchpilotError:
-        return ""  # in the middle of a failover nobody can say; the next look can
-    number = count_chords(stuck)
+    number = count_chords(desk.recovery.survey(desk.window))
     return f"{number} chords are stuck, more than runbook.abort_stuck = {limit}" if number > limit else ""
 
 
@@ -43,17 +56,7 @@ def count_chords(stuck: tuple[Finding, ...]) -> int:
 
 def _past_the_limit(desk: Desk, now: datetime) -> str:
     metric, gauge = desk.runbook.abort_metric, desk.gauge
-    if metric is None or gauge is None:
-        return ""
-    values = _read(gauge, now)
-    return judge(metric, values)
-
-
-def _read(gauge: Gauge, now: datetime) -> tuple[float, ...]:
-    try:
-        return gauge.newest(now)
-    except PatchpilotError:
-        return ()  # pre-flight could read it, so this passes
+    return "" if metric is None or gauge is None else judge(metric, gauge.newest(now))
 
 
 def judge(metric: Metric, values: tuple[float, ...]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from patchpilot.elasticache.facts import UpdateStatus
 from patchpilot.engine.plan import Contradicted, Data, Effect, NotYet, Observation, Phase, Reached, Step, View
 from patchpilot.errors import NeedsOperator, Throttled
-from patchpilot.phases.abort import reason_to_stop
+from patchpilot.phases.abort import Limits, limits
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.following import Followed, ended_early, stalled
 from patchpilot.phases.notes import moment, noted
@@ -82,10 +82,10 @@ class FollowRotation(_Following):
     def observe(self, view: View) -> Observation:
         at, sight, followed = self._look(view)
         too_late = at.sign is Sign.OVER and (self._operation.acts or at.update is not None)
-        stop = None if too_late else reason_to_stop(self._desk, at, view.now)
-        aside = ""
+        found = Limits() if too_late else limits(self._desk, at, view.now)
+        stop, aside = found.stop, "".join(f"; a limit is not watched at the moment: {why}" for why in found.unread)
         if stop and not self._operation.stoppable:
-            aside, stop = f"; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
+            aside, stop = f"{aside}; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
         return look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
 
 

@@ -85,7 +85,7 @@ class Prove(Step):
         failing = [claim for claim in proof if not claim.holds]
         fact = {"claims": noted(proof), "repeated": self._repeated(view)}
         if not failing:
-            return Reached(fact)
+            return Reached({**fact, "versions": self._versions(at.group)})
         what = "; ".join(f"{claim.name}: {claim.evidence}" for claim in failing)
         seen = {**view.seen, **_noted(at.workplace), "waiting": _waiting(view, at.workplace)}
         if view.now < _began(view) + self._desk.runbook.verify_timeout or (seen["waiting"] and not _tries(view)):
@@ -109,6 +109,11 @@ class Prove(Step):
         age = view.now - moment(view.facts["trigger"]["since"])
         rows = self._desk.recovery.repeated_starts(age) if self._desk.recovery else ()
         return [noted(dict(row)) for row in rows]
+
+    def _versions(self, group: Group) -> dict[str, str]:
+        """For the report: what each node runs now, as far as AWS says."""
+        nodes = known(lambda: self._desk.cloud.nodes(group), patient=False)
+        return {} if isinstance(nodes, str) else {node.node: node.engine_version for node in nodes}
 
     def _read(self, view: View) -> Evidence:
         desk = self._desk

@@ -161,10 +161,17 @@ def _update(record: RunRecord, facts: Mapping[str, Any]) -> Json | None:
 
 
 def _nodes(record: RunRecord, facts: Mapping[str, Any]) -> list[Json]:
-    versions = facts.get("readiness", {}).get("versions", {})
+    before, after = (facts.get(step, {}).get("versions", {}) for step in ("readiness", "verify"))
     rows = _rotated(record).get("nodes", {})
-    names = sorted({*versions, *rows})
-    return [{**rows.get(name, {}), "node": name, "engine_version_before": versions.get(name)} for name in names]
+    return [
+        {
+            **rows.get(name, {}),
+            "node": name,
+            "engine_version_before": before.get(name),
+            "engine_version_after": after.get(name),
+        }
+        for name in sorted({*before, *rows, *after})
+    ]
 
 
 def _grace(record: RunRecord) -> Json | None:

@@ -115,10 +115,15 @@ def _nodes(report: Json) -> list[str]:
             _at(each.get("started")),
             _at(each.get("ended")),
             each["engine_version_before"],
+            each["engine_version_after"],
         )
         for each in report["nodes"]
     ]
-    return _section("Nodes", "", _table(("Node", "Update", "Began", "Ended", "Version before"), rows)) if rows else []
+    return (
+        _section("Nodes", "", _table(("Node", "Update", "Began", "Ended", "Version before", "After"), rows))
+        if rows
+        else []
+    )
 
 
 def _failovers(report: Json) -> list[str]:

@@ -40,6 +40,7 @@ class Flow:
         self.order = order or Order()
         self.rules = RUNBOOK.model_copy(update={"grace": timedelta(minutes=1), **rules})
         self.world.per_node = timedelta(minutes=2)
+        self.said: list[str] = []
 
     def desk(self, journal: Any = None) -> Any:
         return desk(self.world, journal or self.journal, self.directory, runbook=self.rules, order=self.order)
@@ -49,7 +50,7 @@ class Flow:
         journal = KillingJournal(self.journal, at, side)
         Runner(
             runbook(self.desk(journal)), journal, self.clock, order=self.order.note(),
-            hold=lambda: hold(self.world.requests),
+            hold=lambda: hold(self.world.requests), notify=lambda progress: self.said.append(progress.message),
         ).run()  # fmt: skip
         return journal
 
@@ -349,6 +350,14 @@ def test_a_metric_past_its_limit_stops_the_update(tmp_path: Path) -> None:
     flow.run()
     assert flow.outcome == "aborted"
     assert flow.report()["abort"]["why"] == "Shop QueueLength is above 100: 130, 120"
+
+
+def test_a_metric_that_becomes_unreadable_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    flow = Flow(tmp_path, abort_metric=Metric(namespace="Shop", name="QueueLength", above=100))
+    flow.in_(3, lambda: flow.world.surprises.__setitem__("gauge", [NeedsOperator("AWS denies access")]))
+    flow.run()
+    assert flow.outcome == "done"
+    assert [line for line in flow.said if "a limit is not watched at the moment: AWS denies access" in line]
 
 
 def test_a_metric_that_may_not_be_read_is_found_out_before_anything_is_touched(tmp_path: Path) -> None:

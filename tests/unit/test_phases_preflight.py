@@ -82,9 +82,7 @@ class TestChoice:
         assert choose([action("a"), action("b")], updates, NOON, "b").action.update == "b"
 
     @pytest.mark.parametrize("asked", [None, "a"])
-    def test_one_that_this_run_had_chosen_is_followed_if_it_is_complete_meanwhile(
-        self, asked: str | None
-    ) -> None:
+    def test_one_that_this_run_had_chosen_is_followed_if_it_is_complete_meanwhile(self, asked: str | None) -> None:
         chosen = choose([action("a", "complete"), action("b")], [], NOON, asked, "a")
         assert chosen.action.update == "a"
         assert chosen.adopted
