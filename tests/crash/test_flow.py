@@ -144,6 +144,16 @@ def test_each_kind_crashed_at_every_entry_ends_in_the_same_state_and_is_started_
         assert len(flow.world.applied) == len(calm.world.applied), death
 
 
+def test_the_report_of_an_upgrade_shows_the_versions_before_and_after(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "engine-upgrade")
+    flow.run()
+    shown = {(it["engine_version_before"], it["engine_version_after"]) for it in flow.report()["nodes"]}
+    assert len(shown) == 1
+    [(before, after)] = shown
+    assert before != after
+    assert after.startswith("8.1")
+
+
 @pytest.mark.parametrize("kind", ["engine-upgrade", "node-type", "test-failover"])
 @pytest.mark.parametrize("moment", ["apply", "applied"])
 def test_killed_around_the_request_it_is_made_once(tmp_path: Path, kind: str, moment: str) -> None:
