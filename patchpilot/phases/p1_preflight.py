@@ -45,8 +45,9 @@ class Readiness(Step):
         self._desk = desk
 
     def intend(self, view: View) -> Data:
-        """What this run was asked to do: the report is made from the journal alone."""
+        """What this run was asked to do: the report is made from the journal alone. And what it had set out to do."""
         desk = self._desk
+        earlier = view.facts.get(self.name, {}).get("aim")
         return {
             "version": __version__,
             "cluster": desk.cluster,
@@ -55,6 +56,7 @@ class Readiness(Step):
             "asked": desk.order.update,
             "grace": desk.runbook.grace.total_seconds(),
             "window": noted(desk.window),
+            "meant": earlier or view.intent.get("meant", {}),
         }
 
     def observe(self, view: View) -> Observation:
@@ -114,8 +116,7 @@ def read(desk: Desk, view: View) -> Situation:
     patient = view.now < view.since + PATIENCE
     updates = known(desk.cloud.service_updates, patient=patient)
     nodes = known(lambda: desk.cloud.nodes(group), patient=patient)
-    meant = view.facts.get("readiness", {}).get("aim", {})
-    choice = operation(desk).choose(offered(group, nodes, actions, updates, meant), view.now)
+    choice = operation(desk).choose(offered(group, nodes, actions, updates, view.intent.get("meant", {})), view.now)
     members = [member.node for member in group.members]
     return Situation(
         now=view.now,

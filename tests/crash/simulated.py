@@ -209,6 +209,10 @@ class Aws(Api):
         return answer
 
 
+READS = 3
+"""How often botocore asks before it gives up, as our clients are set up."""
+
+
 class Wire:
     """boto3's client, as far as the pilot's adapter uses it."""
 
@@ -227,11 +231,21 @@ class Wire:
 
     def _call(self, operation: str, params: Params) -> Answer:
         try:
-            return self._world.api.answer(operation, params)
+            return self._persistently(operation, params)
         except Fault as fault:
             error = {"Code": fault.code, "Message": fault.message}
             about = {"HTTPStatusCode": fault.status or 400}
             raise ClientError({"Error": error, "ResponseMetadata": about}, operation) from fault  # type: ignore[typeddict-item]
+
+    def _persistently(self, operation: str, params: Params) -> Answer:
+        """As botocore does, which asks again when a read is throttled with a code that it knows; but at once."""
+        for _ in range(READS - 1 if operation.startswith("Describe") else 0):
+            try:
+                return self._world.api.answer(operation, params)
+            except Fault as fault:
+                if fault.code != "Throttling":
+                    raise
+        return self._world.api.answer(operation, params)
 
 
 class _Paginator:
