@@ -1,9 +1,9 @@
 """What the backend and each of its settings cost, against Celery's own Redis backend: ``make bench``.
 
 All set-ups run at once, each with a worker, a Valkey database and a PostgreSQL database of its own, and are measured
-in turn, several times over; the table shows medians of the ratios to the stock set-up of the same turn. PostgreSQL
-waits for its disk (fsync on), and in the second half of the run also for three milliseconds at each commit, as a
-replicated one does over a network.
+in turn, several times over; the tables show medians of the ratios to the stock set-up of the same turn: how fast it is,
+and how much processor time the worker and the producer take. PostgreSQL waits for its disk (fsync on), and in the
+second half of the run also for three milliseconds at each commit, as a replicated one does over a network.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 from celery import Celery, chord
 
@@ -50,6 +51,26 @@ SLOW_COMMIT = "3000"
 """Microseconds."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """One set-up at work."""
+
+    app: Celery
+    worker: psutil.Process
+
+    def cpu(self) -> float:
+        """Processor seconds so far: the worker's, with its pool, and this process's own."""
+        return sum(_cpu(process) for process in (psutil.Process(), self.worker, *self.worker.children(recursive=True)))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run of a load took, in seconds."""
+
+    wall: float
+    cpu: float
+
+
 def main() -> None:
     """``python -m bench.backends [--repeats N] [--processes N]``"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,45 +78,56 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8, help="pool processes of each worker [default: 8]")
     arguments = parser.parse_args()
     with _servers() as (roster, directory, postgres, valkey), ExitStack() as stack:
-        apps = {
+        setups = {
             name: stack.enter_context(_setup(number, name, roster, directory, postgres, valkey, arguments.processes))
             for number, name in enumerate(SETUPS)
         }
         for title, delay in (("commits as fast as the disk", "0"), ("commits that take 3 ms", SLOW_COMMIT)):
             _configure(postgres, delay)
-            _show(title, _measure(apps, arguments.repeats))
+            costs = _measure(setups, arguments.repeats)
+            _show(f"{title}: how many times as fast as {STOCK}, medians", costs, lambda it, stock: stock.wall / it.wall)
+            told = f"{title}: processor time of worker and producer, as a multiple of {STOCK}'s, medians"
+            _show(told, costs, lambda it, stock: it.cpu / stock.cpu)
 
 
-def _measure(apps: dict[str, Celery], repeats: int) -> dict[str, dict[str, float]]:
-    """Set-up -> load -> how many times as fast as stock."""
-    ratios: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+Costs = dict[str, dict[str, list[Cost]]]
+"""Load -> set-up -> what it took in each turn."""
+
+
+def _measure(setups: dict[str, Setup], repeats: int) -> Costs:
+    costs: Costs = {load: {name: [] for name in setups} for load in LOADS}
     for load, (chords, size) in LOADS.items():
-        for app in apps.values():
-            _run(app, chords, size)  # warm up: connections, caches
+        for setup in setups.values():
+            _run(setup, chords, size)  # warm up: connections, caches
         for turn in range(repeats):
-            names = list(apps)[turn % len(apps) :] + list(apps)[: turn % len(apps)]
-            times = {name: _run(apps[name], chords, size) for name in names}
-            for name in apps:
-                ratios[name][load].append(times[STOCK] / times[name])
-    return {name: {load: statistics.median(values) for load, values in each.items()} for name, each in ratios.items()}
+            for name in [*setups][turn % len(setups) :] + [*setups][: turn % len(setups)]:
+                costs[load][name].append(_run(setups[name], chords, size))
+    return costs
 
 
-def _run(app: Celery, chords: int, size: int) -> float:
-    """Seconds from the first call until every callback's result is there."""
+def _run(setup: Setup, chords: int, size: int) -> Cost:
+    """From the first call until every callback's result is there."""
+    app = setup.app
     part, callback = app.tasks["bench.part"], app.tasks["bench.callback"]
-    began = SYSTEM.monotonic()
+    began, used = SYSTEM.monotonic(), setup.cpu()
     results = [chord([part.s(i) for i in range(size)], callback.s()).apply_async() for _ in range(chords)]
     for result in results:
         if result.get(timeout=120) != size:
             raise SystemExit("a callback got the wrong results")
-    return SYSTEM.monotonic() - began
+    return Cost(SYSTEM.monotonic() - began, setup.cpu() - used)
 
 
-def _show(title: str, table: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}: how many times as fast as {STOCK}, medians\n")  # noqa: T201 - a program's output
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _show(title: str, costs: Costs, ratio: Callable[[Cost, Cost], float]) -> None:
+    print(f"\n{title}\n")  # noqa: T201 - a program's output
     print(f"{'':28}" + "".join(f"{load:>18}" for load in LOADS))  # noqa: T201
-    for name, loads in table.items():
-        print(f"{name:28}" + "".join(f"{loads[load]:>18.2f}" for load in LOADS), flush=True)  # noqa: T201
+    for name in SETUPS:
+        medians = [statistics.median(map(ratio, costs[load][name], costs[load][STOCK])) for load in LOADS]
+        print(f"{name:28}" + "".join(f"{median:>18.2f}" for median in medians), flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -118,7 +150,7 @@ def _servers() -> Iterator[tuple[Roster, Path, Postgres, ValkeyNode]]:
 @contextmanager
 def _setup(
     number: int, name: str, roster: Roster, directory: Path, postgres: Postgres, valkey: ValkeyNode, processes: int
-) -> Iterator[Celery]:
+) -> Iterator[Setup]:
     """One set-up with its worker."""
     url = f"redis://{valkey.address}/{number}"
     settings: dict[str, Any] = {"broker_url": url, "result_backend": url}
@@ -141,7 +173,7 @@ def _setup(
     try:
         until(lambda: b" ready." in log.read_bytes(), seconds=60, what=f"the worker was ready; see {log}")
         app = application(settings)
-        yield app
+        yield Setup(app, psutil.Process(worker.pid))
         app.backend.result_consumer.stop()
         app.close()
     finally:
