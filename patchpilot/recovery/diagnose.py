@@ -54,9 +54,9 @@ class Header:
         return self.chord.returned == self.chord.total
 
     @property
-    def accounted(self) -> int:
-        """Parts that are here, or that something is on its way to bring."""
-        return self.chord.returned + self.chord.messages + self.chord.inner_chords
+    def awaited(self) -> bool:
+        """Whether something is on its way that brings parts. How many nobody knows: a chain may end in a group."""
+        return self.chord.messages + self.chord.inner_chords > 0
 
 
 CHORDS: tuple[Rule[Header], ...] = (
@@ -126,13 +126,15 @@ CHORDS: tuple[Rule[Header], ...] = (
         "messages of its header are in no queue, and a worker that gives a sign of life did not say what it has",
     ),
     Rule(
-        "never-published", lambda it: it.accounted < it.chord.total and it.chord.age > PUBLISHING, Remedy.NONE,
+        "never-published", lambda it: not it.awaited and it.chord.age > PUBLISHING, Remedy.NONE,
         "{missing} of {total} header tasks have no message on record: their producer died, or was not using patchpilot",
-        "for a minute nothing has happened to it, and for some parts there is neither a message nor an inner chord",
+        "parts are still to come, there is neither a message nor an inner chord to bring them, and for a minute "
+        "nothing has happened to it",
     ),
     Rule(
         "at-work", lambda _: True, Remedy.NONE, "its tasks are queued or running",
-        "for every part there is a message in good hands, or an inner chord", report=False,
+        "messages of its header are in good hands, or inner chords are open, or it has only just been sent",
+        report=False,
     ),
 )  # fmt: skip
 
@@ -206,7 +208,7 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
         return None, covered
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
-        lost=len(lost), unknown=len(header.unknown), missing=chord.total - header.accounted,
+        lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
         unrecoverable=chord.unrecoverable, failed=chord.failed,
     )  # fmt: skip
     return Finding(

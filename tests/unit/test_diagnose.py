@@ -48,7 +48,7 @@ OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Where]]] = {
     "part-return-interrupted": (Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
     "header-message-lost": (Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE]),
     "unknown": (Remedy.NONE, {}, [Where.QUEUED, Where.UNKNOWN]),
-    "never-published": (Remedy.NONE, {"messages": 1}, [Where.QUEUED]),
+    "never-published": (Remedy.NONE, {"messages": 0}, []),
     "at-work": (Remedy.NONE, {}, [Where.QUEUED, Where.HELD]),
 }
 
@@ -112,7 +112,8 @@ def test_no_row_is_without_a_test_and_no_name_is_there_twice() -> None:
         ({}, [Where.NOWHERE, Where.UNKNOWN], "header-message-lost"),
         ({"messages": 0, "age": timedelta(minutes=1)}, [], "at-work"),
         ({"messages": 0, "age": timedelta(minutes=1, seconds=1)}, [], "never-published"),
-        ({"messages": 1, "inner_chords": 1}, [Where.HELD], "at-work"),
+        ({"messages": 1}, [Where.HELD], "at-work"),
+        ({"messages": 0, "inner_chords": 1}, [], "at-work"),
         ({"returned": 3, "messages": 0, "age": timedelta(seconds=2)}, [], "dispatch-lost"),
         ({"returned": 3, "messages": 0, "failed": 1, "counting": "valkey"}, [], "error-path-lost"),
         ({"returned": 3, "messages": 0, "claimed": True, "failed": 1}, [], "dispatch-interrupted"),
