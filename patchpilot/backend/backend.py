@@ -86,6 +86,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     ) -> Any:
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
+        if errbacks.are_called_elsewhere():
+            meta["children"] = []  # recovery stores what a worker would have: there, a task is current
         payload = self.encode(meta)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
         try:

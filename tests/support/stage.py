@@ -211,6 +211,10 @@ class Stage:
                 for key, value in {**addresses, **backend, **QUICK}.items():
                     patch.setitem(self.app.conf, key, value)
                 forget_connections(self.app)
+            else:
+                self.app._pool = self.app.amqp._producer_pool = (
+                    None  # whoever forgets connections closes the pools of all
+                )
             self.seen = len(self.shop.ledger())
             try:
                 yield self
@@ -330,7 +334,7 @@ def part(task_id: str) -> Which:
 
 def grown(command: Any) -> bool:
     """A chord grows by a task."""
-    return command[0].upper() == b"INCR" and command[1].endswith(b".t")
+    return command[0].upper() in (b"INCR", b"INCRBY") and command[1].endswith(b".t")
 
 
 def cleaned_up(command: Any) -> bool:
