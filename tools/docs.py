@@ -1,14 +1,15 @@
 """Write the parts of the documentation that the code knows better: `make docs`.
 
 The diagrams in README.md and the index of the runbooks come from the runbook's own phases and from the tables that say
-what may follow what in a journal. A test fails when they are out of date.
+what may follow what in a journal; the page of diagnoses comes from recovery's tables, and from the lines that the
+runbook has for them. A test fails when they are out of date.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from patchpilot.engine.plan import Effect, Phase, Step
 from patchpilot.errors import Exit
 from patchpilot.phases import RUNBOOK, Desk
 from patchpilot.phases.operations import OPERATIONS
-from patchpilot.recovery.findings import Window
+from patchpilot.recovery.diagnose import CHORDS, MESSAGES, Rule
+from patchpilot.recovery.findings import Remedy, Window
 from patchpilot.settings import Runbook
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 INDEX = ROOT / "runbooks" / "README.md"
+DIAGNOSES = ROOT / "docs" / "diagnoses.md"
+ADVICE = ROOT / "runbooks" / "diagnoses.md"
 
 EFFECTS = {
     Effect.READ: "reads only",
@@ -94,6 +98,70 @@ def index() -> str:
     ))  # fmt: skip
 
 
+REMEDIES = {
+    Remedy.DISPATCH_CALLBACK: "claim the chord in PostgreSQL, join its results from there, publish its callback with "
+    "its own task id; or, if a part failed, store the `ChordError` as the callback's result and call its errbacks",
+    Remedy.REPUBLISH: "publish the message on record again, as it was, with its own task id",
+    Remedy.REQUEUE: "put the message back into its queue, as Celery does after the visibility timeout",
+    Remedy.RECORD_PART: "record the part from the result of its task; if that completes the chord, dispatch its "
+    "callback",
+    Remedy.NONE: "nothing",
+}
+
+
+def advice(page: Path = ADVICE) -> dict[str, str]:
+    """What a person does about each diagnosis: the runbook's line of it, by the name of its anchor."""
+    found = re.findall(r'^\| <a id="([\w-]+)"></a>`[^`]+` \| (.+) \|$', page.read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(found)
+
+
+def diagnoses() -> str:
+    """Recovery's tables, row by row."""
+    lines = [
+        "# Diagnoses", "",
+        "What `patchpilot recover --dry-run` and `patchpilot chords` say about something that does not go on, what it",
+        "is known by, and what recovery does about it. The first row that applies is the diagnosis. Age counts from",
+        "the last progress that was seen, and only what made none for `--min-age` is looked at. What cannot be known,",
+        "because a worker that is alive does not answer or a server is away, is never remedied, unless",
+        "`--assume-lost` says so.", "",
+        "## Remedies", "", "| Remedy | What recovery does |", "|---|---|",
+        *(f"| `{remedy}` | {REMEDIES[remedy]} |" for remedy in Remedy), "",
+        "Each is claimed in PostgreSQL, by the statement that takes effect, before anything leaves for the broker.", "",
+    ]  # fmt: skip
+    for title, kind, rules in (
+        ("Of a chord whose callback is not out", "chord", CHORDS),
+        ("Of a message whose task has not ended", "message", MESSAGES),
+    ):
+        lines += [f"## {title}", "", *_table_of(kind, rules), ""]
+    lines += [
+        "That of a chord's callback has `callback-` before its name: `callback-message-lost`. A message of a header",
+        "that is lost is told with its chord. Rows in *italics* are all well and are not reported.", "",
+        "<!-- Written by `make docs`. -->", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def anchor(kind: str, name: str) -> str:
+    """Where the runbook says what to do about it."""
+    return f"{kind}-{name}"
+
+
+def _table_of(kind: str, rules: Iterable[Rule[Any]]) -> Iterator[str]:
+    told = advice()
+    yield "| Diagnosis | Evidence | Remedy | Why | What you do |"
+    yield "|---|---|---|---|---|"
+    for rule in rules:
+        at = anchor(kind, rule.name)
+        todo = f"[{told[at]}](../runbooks/{ADVICE.name}#{at})" if rule.report else ""
+        name = f"`{rule.name}`" if rule.report else f"*{rule.name}*"
+        yield f"| {name} | {rule.evidence} | `{rule.remedy}` | {_spoken(rule.why)} | {todo} |"
+
+
+def _spoken(why: str) -> str:
+    """A sentence whose blanks are not filled in."""
+    return re.sub(r"\{(\w+)\}", lambda blank: f"*{blank[1].replace('_', ' ')}*", why)
+
+
 def readme(text: str) -> str:
     """``text`` with everything between its markers written anew."""
     for name, content in (("phases", flow()), ("states", states())):
@@ -110,6 +178,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Every page that is written here, and what it should say."""
     yield README, readme(README.read_text(encoding="utf-8"))
     yield INDEX, index()
+    yield DIAGNOSES, diagnoses()
 
 
 def _steps(steps: tuple[Step, ...]) -> str:

@@ -22,7 +22,7 @@ from kombu.exceptions import EncodeError
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from redis.exceptions import ReadOnlyError, RedisError
 
-from patchpilot.backend import canary
+from patchpilot.backend import canary, errbacks
 from patchpilot.backend.chords import Chords, Waiting, waiting
 from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
@@ -76,6 +76,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.fence.install()
         Heartbeat(self.database).install()
         canary.install(self.app)
+        errbacks.install(self.app)
         signals.task_postrun.connect(_on_postrun, weak=False, dispatch_uid="patchpilot.postrun")
 
     # -- results ------------------------------------------------------------------------------------------------
@@ -85,6 +86,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     ) -> Any:
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
+        if errbacks.are_called_elsewhere():
+            meta["children"] = []  # recovery stores what a worker would have: there, a task is current
         payload = self.encode(meta)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
         try:
@@ -289,6 +292,16 @@ class Backend(RedisBackend):  # type: ignore[misc]
         for group_id in finished.counted_in_valkey:
             self.counter.clear(group_id)
         return finished
+
+    def _call_task_errbacks(self, request: Any, exc: Any, traceback: Any) -> None:
+        if errbacks.are_called_elsewhere():
+            errbacks.send(self.app, request, self.prepare_exception(exc, "json"))
+        else:
+            super()._call_task_errbacks(request, exc, traceback)
+
+    def call_errbacks(self, request: Any, exc: Exception) -> None:
+        """Call the errbacks of what failed elsewhere, or send them: as Celery does with errbacks of their kind."""
+        super()._call_task_errbacks(request, exc, None)
 
     def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None:
         """Leave what the parts of a failed chord returned where Celery's Redis backend would have left it."""

@@ -153,7 +153,7 @@ class Finisher:
     def _failure(self, group_id: str, parts: Sequence[Row], callback: Signature, error: ChordError) -> Ending:
         logger.error("Chord %s failed: %s", group_id, error)
         self._codec.leave_parts(group_id, parts)
-        with self._outbox.collect() as dispatch:
+        with callback_of(group_id), self._outbox.collect() as dispatch:
             self._codec.chord_error_from_stack(callback, error)
         return Ending("failed", dispatch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -22,9 +23,13 @@ from patchpilot.cli.console import (
 )
 from patchpilot.cli.recover import site
 from patchpilot.clock import SYSTEM
+from patchpilot.errors import Transient, Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Window
-from patchpilot.recovery.inventory import OfCallback, inventory, life
+from patchpilot.recovery.inventory import Life, OfCallback, inventory, life
+from patchpilot.settings import Settings
+
+EVER = Window(timedelta(0), timedelta(days=36500))
 
 app = typer.Typer(
     help="The chords on record: what is open, and the life of one.", rich_markup_mode=None, invoke_without_command=True
@@ -40,7 +45,8 @@ def chords(
 ) -> None:
     """The chords that are open, by callback: how many, the oldest, how many of them cannot be recovered or are stuck.
 
-    Stuck is what `patchpilot recover --dry-run` would find. `patchpilot chords show ID` tells the life of one.
+    Stuck is what `patchpilot recover --dry-run` would find; callbacks that were dispatched and lost are told as well,
+    though their chords are not open any more. `patchpilot chords show ID` tells the life of one.
     """
     if context.invoked_subcommand is not None:
         return
@@ -51,15 +57,30 @@ def chords(
     with Recovery(site(settings, the_broker(settings, cluster))) as recovery:
         stuck = recovery.survey(window, ("chord", "callback"))
     if output is Output.JSON:
-        emit_json({
-            "open": sum(each.open for each in found),
-            "by_callback": [{**asdict(each), "stuck": _stuck(each, stuck)} for each in found],
-            "stuck": [finding.as_dict() for finding in stuck],
-        })  # fmt: skip
-    elif not found:
-        say("no chord is open")
-    else:
+        emit_json(_as_data(found, stuck))
+        return
+    if found:
         _table(found, stuck)
+    for finding in stuck:
+        emit(f"{finding.kind} {finding.id} ({finding.callback}): {finding.diagnosis}: {finding.reason}")
+    say(f"{_open(found)}, {len(stuck)} stuck" if found or stuck else "no chord is open")
+
+
+def _as_data(found: tuple[OfCallback, ...], stuck: tuple[Finding, ...]) -> dict[str, Any]:
+    return {
+        "open": sum(each.open for each in found),
+        "oldest": min((each.oldest for each in found), default=None),
+        "unrecoverable": sum(each.unrecoverable for each in found),
+        "by_callback": [{**asdict(each), "stuck": _stuck(each, stuck)} for each in found],
+        "stuck": [finding.as_dict() for finding in stuck],
+    }
+
+
+def _open(found: tuple[OfCallback, ...]) -> str:
+    if not found:
+        return "no chord is open"
+    number, oldest = sum(each.open for each in found), min(each.oldest for each in found)
+    return f"{number} {'chord is' if number == 1 else 'chords are'} open, the oldest for {ago(SYSTEM.now() - oldest)}"
 
 
 def _table(found: tuple[OfCallback, ...], stuck: tuple[Finding, ...]) -> None:
@@ -81,20 +102,40 @@ def _stuck(of: OfCallback, stuck: tuple[Finding, ...]) -> int:
 def show(
     chord: Annotated[str, typer.Argument(metavar="ID", help="The chord's group id, or its callback's task id.")],
     config: ConfigOption = None,
+    cluster: ClusterOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """The life of one chord as a timeline, and in one sentence why its callback has run, or has not."""
+    """The life of one chord as a timeline, and in one sentence why its callback has run, or has not.
+
+    The timeline is PostgreSQL's. If its callback has not run, the broker and the workers are asked too: what
+    `patchpilot recover` would say of this chord, however short the time since its last progress.
+    """
     settings = read_settings(config)
     with Database(settings.postgres_dsn()) as database:
         found = life(database, chord)
+    stuck, unknown = ((), None) if found.over else _diagnosed(settings, cluster, found)
     if output is Output.JSON:
         data: dict[str, Any] = asdict(found)
         data["moments"] = [{"at": it.at.isoformat(), "what": it.what} for it in found.moments]
-        emit_json(data)
+        emit_json({**data, "stuck": [finding.as_dict() for finding in stuck], "unknown": unknown})
         return
     emit(f"chord {found.group_id}  {found.state}  {found.returned}/{found.total} parts")
     emit(f"callback {found.callback}[{found.callback_id}]")
     emit(f"{found.why}")
+    for finding in stuck:
+        emit(f"{finding.diagnosis}: {finding.reason} (remedy: {finding.remedy})")
+    if unknown is not None:
+        emit(f"whether anything was lost is not known: {unknown}")
     emit("")
     for moment in found.moments:
         emit(f"{moment.at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f"  {moment.what}")
+
+
+def _diagnosed(settings: Settings, cluster: str | None, it: Life) -> tuple[tuple[Finding, ...], str | None]:
+    """What recovery finds of this chord, or else why nobody knows. What PostgreSQL knows is told either way."""
+    try:
+        with Recovery(site(settings, the_broker(settings, cluster))) as recovery:
+            findings = recovery.survey(EVER, ("chord", "callback"))
+    except (Usage, Transient) as error:
+        return (), str(error)
+    return tuple(finding for finding in findings if finding.id == it.group_id), None

@@ -163,6 +163,7 @@ def _show(findings: tuple[Finding, ...], sweep: Sweep | None) -> None:
     curable = sum(finding.curable for finding in findings)
     if applied is None:
         say(f"{curable} of {len(findings)} can be recovered: run the same command without --dry-run")
+        say(f"with --output json this is a plan for --plan; its digest: {digest(it.as_dict() for it in findings)}")
     else:
         say(f"recovered {len(applied)} of {len(findings)}")
 

@@ -8,7 +8,7 @@ name no remedy and are not worth a person's time (a chord at work, a message in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -35,6 +35,8 @@ class Rule(Generic[T]):
     remedy: Remedy
     why: str
     """For a person; filled in with the fields of what is diagnosed."""
+    evidence: str
+    """When it applies, in words, given that no row above it does."""
     report: bool = True
 
 
@@ -47,94 +49,130 @@ class Header:
     unknown: tuple[Message, ...]
 
     @property
-    def accounted(self) -> int:
-        """Parts that are here, or that something is on its way to bring."""
-        return self.chord.returned + self.chord.messages + self.chord.inner_chords
+    def complete(self) -> bool:
+        """Whether every part is here."""
+        return self.chord.returned == self.chord.total
+
+    @property
+    def awaited(self) -> bool:
+        """Whether something is on its way that brings parts. How many nobody knows: a chain may end in a group."""
+        return self.chord.messages + self.chord.inner_chords > 0
 
 
 CHORDS: tuple[Rule[Header], ...] = (
     Rule(
         "being-dispatched", lambda it: it.chord.claim_live, Remedy.NONE,
-        "a process is dispatching the callback right now", report=False,
+        "a process is dispatching the callback right now",
+        "a process has claimed the chord, and its lease is not over", report=False,
     ),
     Rule(
-        "shadow", lambda it: it.chord.shadow and it.chord.returned == it.chord.total, Remedy.NONE,
+        "shadow", lambda it: it.chord.shadow and it.complete, Remedy.NONE,
         "all {total} parts are in PostgreSQL and its callback is not out; in shadow mode it is only watched",
-    ),
-    Rule("shadow-at-work", lambda it: it.chord.shadow, Remedy.NONE, "it is only watched", report=False),
-    Rule(
-        "unrecoverable", lambda it: it.chord.unrecoverable is not None and it.chord.returned == it.chord.total,
-        Remedy.NONE, "all {total} parts are in PostgreSQL, but its callback could not be stored: {unrecoverable}",
+        "sent in shadow mode; all parts have returned",
     ),
     Rule(
-        "dispatch-interrupted", lambda it: it.chord.claimed, Remedy.DISPATCH_CALLBACK,
-        "all {total} parts are in PostgreSQL, and the process that had claimed the callback died before it was out",
-    ),
-    Rule(
-        "being-finished", lambda it: it.chord.returned == it.chord.total and it.chord.age < FINISHING, Remedy.NONE,
-        "its last part has just returned, and the worker that returned it finishes the chord", report=False,
-    ),
-    Rule(
-        "error-path-lost", lambda it: it.chord.returned == it.chord.total and it.chord.failed > 0,
-        Remedy.DISPATCH_CALLBACK, "{failed} of {total} parts failed, and nobody got to tell: its errbacks are due",
-    ),
-    Rule(
-        "part-return-lost", lambda it: it.chord.returned == it.chord.total and it.chord.counting == "valkey",
-        Remedy.DISPATCH_CALLBACK,
-        "all {total} parts are in PostgreSQL, but the count in Valkey never got there: a part return was lost",
-    ),
-    Rule(
-        "dispatch-lost", lambda it: it.chord.returned == it.chord.total, Remedy.DISPATCH_CALLBACK,
-        "all {total} parts are in PostgreSQL, and the process of the last one died before it took the callback",
-    ),
-    Rule(
-        "part-return-interrupted", lambda it: it.chord.ended > 0, Remedy.RECORD_PART,
-        "{ended} of {total} header tasks ended, but died or lost PostgreSQL before returning their part",
+        "shadow-at-work", lambda it: it.chord.shadow, Remedy.NONE, "it is only watched",
+        "sent in shadow mode; parts are still to come", report=False,
     ),
     Rule(
         "half-published", lambda it: it.chord.publish_error is not None, Remedy.NONE,
         "publishing the header raised {publish_error} in the caller, who may have sent the chord again: left alone",
+        "the call that sent it raised",
+    ),
+    Rule(
+        "unrecoverable", lambda it: it.chord.unrecoverable is not None and it.complete,
+        Remedy.NONE, "all {total} parts are in PostgreSQL, but its callback could not be stored: {unrecoverable}",
+        "all parts have returned; the callback could not be stored when the chord was sent",
+    ),
+    Rule(
+        "dispatch-interrupted", lambda it: it.chord.claimed, Remedy.DISPATCH_CALLBACK,
+        "all {total} parts are in PostgreSQL, and the process that had claimed the callback died before it was out",
+        "a process has claimed the chord, and its lease is over",
+    ),
+    Rule(
+        "being-finished", lambda it: it.complete and it.chord.age < FINISHING, Remedy.NONE,
+        "its last part has just returned, and the worker that returned it finishes the chord",
+        "all parts have returned, the last one less than 2 seconds ago", report=False,
+    ),
+    Rule(
+        "error-path-lost", lambda it: it.complete and it.chord.failed > 0,
+        Remedy.DISPATCH_CALLBACK, "{failed} of {total} parts failed, and nobody got to tell: its errbacks are due",
+        "all parts have returned, some of them failed, and nobody has claimed the chord",
+    ),
+    Rule(
+        "part-return-lost", lambda it: it.complete and it.chord.counting == "valkey",
+        Remedy.DISPATCH_CALLBACK,
+        "all {total} parts are in PostgreSQL, but the count in Valkey never got there: a part return was lost",
+        "all parts have returned, and nobody has claimed the chord; its parts are counted in Valkey",
+    ),
+    Rule(
+        "dispatch-lost", lambda it: it.complete, Remedy.DISPATCH_CALLBACK,
+        "all {total} parts are in PostgreSQL, and the process of the last one died before it took the callback",
+        "all parts have returned, and nobody has claimed the chord",
+    ),
+    Rule(
+        "part-return-interrupted", lambda it: it.chord.ended > 0, Remedy.RECORD_PART,
+        "{ended} of {total} header tasks ended, but died or lost PostgreSQL before returning their part",
+        "a header task has a final result, stored more than 10 seconds ago, and its part has not returned",
     ),
     Rule(
         "header-message-lost", lambda it: bool(it.lost), Remedy.REPUBLISH,
         "{returned} of {total} parts returned; of the rest, {lost} messages are in no queue and with no living worker",
+        "messages of its header are in no queue, and no living worker has them",
     ),
     Rule(
         "unknown", lambda it: bool(it.unknown), Remedy.NONE,
         "{unknown} header messages are in no queue, but a worker that is alive does not answer: it may have them",
+        "messages of its header are in no queue, and a worker that gives a sign of life did not say what it has",
     ),
     Rule(
-        "never-published", lambda it: it.accounted < it.chord.total and it.chord.age > PUBLISHING, Remedy.NONE,
+        "never-published", lambda it: not it.awaited and it.chord.age > PUBLISHING, Remedy.NONE,
         "{missing} of {total} header tasks have no message on record: their producer died, or was not using patchpilot",
+        "parts are still to come, there is neither a message nor an inner chord to bring them, and for a minute "
+        "nothing has happened to it",
     ),
-    Rule("at-work", lambda _: True, Remedy.NONE, "its tasks are queued or running", report=False),
+    Rule(
+        "at-work", lambda _: True, Remedy.NONE, "its tasks are queued or running",
+        "messages of its header are in good hands, or inner chords are open, or it has only just been sent",
+        report=False,
+    ),
 )  # fmt: skip
 
 MESSAGES: tuple[Rule[Message], ...] = (
-    Rule("ended", lambda it: it.where is Where.ENDED, Remedy.NONE, "its task has ended", report=False),
+    Rule(
+        "ended", lambda it: it.where is Where.ENDED, Remedy.NONE, "its task has ended",
+        "its task has a final result, has returned its part, or was recorded as over", report=False,
+    ),
     Rule(
         "in-good-hands", lambda it: it.where in (Where.QUEUED, Where.HELD), Remedy.NONE,
-        "it is queued, or a worker has it", report=False,
+        "it is queued, or a worker has it",
+        "it is in its queue, a living worker says that it has it, or it changed hands while recovery looked",
+        report=False,
     ),
     Rule(
         "shadow", lambda it: it.shadow, Remedy.NONE,
         "{task_name} is in no queue and with no worker; in shadow mode it is only watched",
+        "sent in shadow mode; it is in no queue, and no living worker has it",
     ),
     Rule(
         "unknown", lambda it: it.where is Where.UNKNOWN, Remedy.NONE,
         "{task_name} is in no queue, but a worker that is alive does not answer: it may have it",
+        "it is in no queue, and a worker that gives a sign of life did not say what it has",
     ),
     Rule(
         "expired", lambda it: it.expired, Remedy.NONE,
         "the message of {task_name} was lost, and its expiry time has passed: it is not sent again",
+        "it is in no queue, no living worker has it, and its expiry time has passed",
     ),
     Rule(
         "abandoned", lambda it: it.where is Where.ABANDONED, Remedy.REQUEUE,
         "a worker had taken {task_name} and no longer has it: back into its queue, before the visibility timeout",
+        "it is among the unacknowledged, and no living worker has it",
     ),
     Rule(
         "message-lost", lambda it: it.where is Where.NOWHERE, Remedy.REPUBLISH,
         "the message of {task_name} is in no queue, not unacknowledged, and with no living worker",
+        "it is in no queue, not among the unacknowledged, and no living worker has it",
     ),
 )  # fmt: skip
 
@@ -146,11 +184,13 @@ def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
         if message.group_id is not None:
             of_chord[message.group_id].append(message)
     chords = [_diagnose_chord(chord, of_chord[chord.group_id]) for chord in evidence.chords]
-    told = {message_id for finding in chords if finding for message_id in finding.messages}
-    messages = [_diagnose_message(message) for message in evidence.messages if message.message_id not in told]
-    findings = [finding for finding in (*chords, *messages) if finding is not None]
+    told = {message_id for _, covered in chords for message_id in covered}
+    messages = _diagnose_messages([message for message in evidence.messages if message.message_id not in told])
+    findings = [*(finding for finding, _ in chords if finding is not None), *messages]
     order: dict[Kind, int] = {"chord": 0, "callback": 1, "task": 2}
-    return tuple(sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id)))
+    return tuple(
+        sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id, finding.diagnosis))
+    )
 
 
 def first(rules: Iterable[Rule[T]], subject: T) -> Rule[T]:
@@ -158,32 +198,50 @@ def first(rules: Iterable[Rule[T]], subject: T) -> Rule[T]:
     return next(rule for rule in rules if rule.applies(subject))
 
 
-def _diagnose_chord(chord: Chord, messages: list[Message]) -> Finding | None:
+def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | None, Collection[str]]:
+    """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
     lost = tuple(it for it in messages if first(MESSAGES, it).remedy is not Remedy.NONE)
     header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN))
     rule = first(CHORDS, header)
+    covered = _covered(header, rule)
     if not rule.report:
-        return None
+        return None, covered
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
-        lost=len(lost), unknown=len(header.unknown), missing=chord.total - header.accounted,
+        lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
         unrecoverable=chord.unrecoverable, failed=chord.failed,
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,
         age=chord.age, returned=chord.returned, total=chord.total,
-        messages=tuple(it.message_id for it in lost) if rule.remedy is Remedy.REPUBLISH else (),
-    )  # fmt: skip
+        messages=covered if rule.remedy is Remedy.REPUBLISH else (),
+    ), covered  # fmt: skip
 
 
-def _diagnose_message(message: Message) -> Finding | None:
-    rule = first(MESSAGES, message)
-    if not rule.report:
-        return None
-    is_callback = message.callback_of is not None
-    name = f"callback-{rule.name}" if is_callback else rule.name
-    return Finding(
-        kind="callback" if is_callback else "task", id=message.callback_of or message.task_id, diagnosis=name,
-        remedy=rule.remedy, reason=rule.why.format(task_name=message.task_name),
-        callback=message.task_name if is_callback else None, age=message.age, messages=(message.message_id,),
-    )  # fmt: skip
+def _covered(header: Header, rule: Rule[Header]) -> tuple[str, ...]:
+    """The messages that go with the chord. What is left of a header whose parts are all here is needed by nobody, and
+    a chord that is left alone is left alone with its header."""
+    moot = header.complete or header.chord.publish_error is not None or header.chord.claim_live
+    lost = header.lost if moot or rule.remedy is Remedy.REPUBLISH else ()
+    unknown = header.unknown if moot or rule.name == "unknown" else ()
+    return tuple(it.message_id for it in (*lost, *unknown))
+
+
+def _diagnose_messages(messages: Iterable[Message]) -> Iterator[Finding]:
+    """What is to be told of messages: one finding for all of a task's, or of a callback's, that fare alike."""
+    alike: defaultdict[tuple[Kind, str, str], list[Message]] = defaultdict(list)
+    for message in messages:
+        rule = first(MESSAGES, message)
+        if rule.report and message.callback_of is not None:
+            alike["callback", message.callback_of, rule.name].append(message)
+        elif rule.report:
+            alike["task", message.task_id, rule.name].append(message)
+    for (kind, subject, _), group in alike.items():
+        rule, oldest = first(MESSAGES, group[0]), max(group, key=lambda it: it.age)
+        is_callback = kind == "callback"
+        names = ", ".join(sorted({it.task_name for it in group}))
+        yield Finding(
+            kind=kind, id=subject, diagnosis=f"callback-{rule.name}" if is_callback else rule.name,
+            remedy=rule.remedy, reason=rule.why.format(task_name=names), callback=names if is_callback else None,
+            age=oldest.age, messages=tuple(it.message_id for it in group),
+        )  # fmt: skip

@@ -53,6 +53,8 @@ class Life:
     why: str
     """Where it stands, in one sentence: why its callback has run, or has not."""
     moments: tuple[Moment, ...]
+    over: bool
+    """Nothing of it is still to come: neither parts nor its callback."""
 
 
 def inventory(database: Database) -> tuple[OfCallback, ...]:
@@ -98,6 +100,7 @@ def life(database: Database, chord: str) -> Life:
         total=len(parts),
         why=_why(row, parts, messages, starts, results),
         moments=tuple(sorted(moments, key=lambda moment: moment.at)),
+        over=row["state"] in ("dispatched", "failed") and not messages,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from typing import Any
 from patchpilot.errors import Usage
 from patchpilot.recovery.findings import Finding
 
-Key = tuple[str, str]
-"""Kind and id."""
+Item = tuple[str, str, str, str]
+"""Kind, id, diagnosis and remedy. What has one id may have several: of two messages of one task, say."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dry run found, by kind and id: the diagnosis and the remedy of each."""
+    """What a dry run found, in order."""
 
-    items: dict[Key, tuple[str, str]]
+    items: tuple[Item, ...]
     digest: str
 
 
@@ -41,7 +41,7 @@ class Change:
 
 def digest(findings: Iterable[dict[str, Any]]) -> str:
     """The digest of findings as a dry run prints them: of what each is and what would be done, not of its age."""
-    rows = sorted([it["kind"], it["id"], it["diagnosis"], it["remedy"]] for it in findings)
+    rows = sorted(_item(it) for it in findings)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -53,7 +53,7 @@ def read(path: Path) -> Plan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found, stated = content["findings"], content["digest"]
-        items = {(it["kind"], it["id"]): (it["diagnosis"], it["remedy"]) for it in found}
+        items = tuple(_item(it) for it in found)
     except OSError as error:
         raise Usage(f"--plan: cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -65,13 +65,12 @@ def read(path: Path) -> Plan:
 
 def compare(plan: Plan, findings: Sequence[Finding]) -> tuple[tuple[Finding, ...], tuple[Change, ...]]:
     """Those of ``findings`` that are as planned, and what became of the rest of the plan."""
-    now: dict[Key, Finding] = {(it.kind, it.id): it for it in findings}
-    agreed: list[Finding] = []
-    changes: list[Change] = []
-    for (kind, subject), planned in plan.items.items():
-        finding = now.get((kind, subject))
-        if finding is not None and (finding.diagnosis, str(finding.remedy)) == planned:
-            agreed.append(finding)
-        else:
-            changes.append(Change(kind, subject, planned[0], finding.diagnosis if finding else "gone"))
-    return tuple(agreed), tuple(changes)
+    now = {(it.kind, it.id, it.diagnosis, str(it.remedy)): it for it in findings}
+    instead: dict[tuple[str, str], str] = {(it.kind, it.id): it.diagnosis for it in findings}
+    gone = [item for item in plan.items if item not in now]
+    changes = [Change(kind, subject, was, instead.get((kind, subject), "gone")) for kind, subject, was, _ in gone]
+    return tuple(now[item] for item in plan.items if item in now), tuple(changes)
+
+
+def _item(finding: Mapping[str, Any]) -> Item:
+    return finding["kind"], finding["id"], finding["diagnosis"], finding["remedy"]

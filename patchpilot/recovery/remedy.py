@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from celery import Celery
 from celery.exceptions import CeleryError
 from kombu.exceptions import ContentDisallowed, KombuError, OperationalError
+from kombu.utils.encoding import ensure_bytes
 from redis.exceptions import RedisError
 
 from patchpilot.backend.backend import Backend
+from patchpilot.backend.errbacks import called_by_workers
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
@@ -46,57 +48,95 @@ class Remedies:
         self._run_id = run_id
         self._complain = complain
 
-    def apply(self, findings: Sequence[Finding], messages: Mapping[str, Message]) -> list[Finding]:
+    def apply(
+        self, findings: Sequence[Finding], messages: Mapping[str, Message], *, outwards: bool = False
+    ) -> list[Finding]:
         """Do what a batch of findings asks for.
 
         :param messages: the evidence, by message id.
+        :param outwards: go on with the chords around those that are ended here as failed.
         :returns: those of the findings about which something was done; not those where somebody else was first, or
-            where the world had moved on.
+            where the world had moved on. Going outwards adds findings.
         :raises Transient: PostgreSQL or the broker went away. What was claimed is found again.
         """
         by_remedy: defaultdict[Remedy, list[Finding]] = defaultdict(list)
         for finding in findings:
             by_remedy[finding.remedy].append(finding)
-        self._record_parts(by_remedy[Remedy.RECORD_PART])
-        # If that completes a chord, it is finished here; if not, its other parts go on as usual.
-        done = self._dispatch([*by_remedy[Remedy.DISPATCH_CALLBACK], *by_remedy[Remedy.RECORD_PART]])
+        done = self._end_chords(by_remedy[Remedy.DISPATCH_CALLBACK], by_remedy[Remedy.RECORD_PART])
+        ended = done
+        while outwards and ended:
+            ended = self._end_chords((), self._around(ended))
+            done += ended
         done += self._send_again([*by_remedy[Remedy.REPUBLISH], *by_remedy[Remedy.REQUEUE]], messages)
         return done
 
     # -- chords -------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, findings: Sequence[Finding]) -> list[Finding]:
+    def _end_chords(self, complete: Sequence[Finding], interrupted: Sequence[Finding]) -> list[Finding]:
+        """Dispatch the complete ones; record the parts of the interrupted ones, which may complete them. If it does
+        not, their other parts go on as usual."""
+        recorded = self._record_parts(interrupted)
+        finished = self._dispatch([*complete, *interrupted], recorded)
+        return [*finished, *(finding for finding in interrupted if finding.id in recorded and finding not in finished)]
+
+    def _around(self, ended: Sequence[Finding]) -> list[Finding]:
+        """The chords that wait for the callback of one of these, which will never run."""
+        return [
+            Finding(
+                kind="chord", id=row["group_id"], diagnosis="part-return-interrupted", remedy=Remedy.RECORD_PART,
+                reason=f"its part {row['callback_id']} is the callback of a chord that failed: nobody returns it",
+                callback=row["callback_name"],
+            )
+            for row in self._database.fetch(SQL["around"], {"group_ids": [finding.id for finding in ended]})
+        ]  # fmt: skip
+
+    def _dispatch(self, findings: Sequence[Finding], recorded: Collection[str]) -> list[Finding]:
+        """Finish those that are complete.
+
+        :param recorded: those whose remedy is on record already.
+        """
         by_id = {finding.id: finding for finding in findings}
         done: list[Finding] = []
         for serializer, group_ids in self._by_serializer(by_id).items():
             backend = backend_of(self._app_for(serializer))
 
             def note(connection: Connection, ours: Collection[str]) -> None:
-                self._note(connection, [by_id[group_id] for group_id in ours])
+                self._note(connection, [by_id[group_id] for group_id in ours if group_id not in recorded])
 
-            with standing_in(backend.app), _broker_errors():
+            with standing_in(backend.app), called_by_workers(), _broker_errors():
                 finished = backend.finish_chords(group_ids, note)
             for group_id, error in finished.failed.items():
                 self._complain(by_id[group_id], _explained(by_id[group_id], error))
             done += [by_id[group_id] for group_id in sorted(finished.done)]
         return done
 
-    def _record_parts(self, findings: Sequence[Finding]) -> None:
+    def _record_parts(self, findings: Sequence[Finding]) -> set[str]:
+        """Record the parts whose tasks have ended.
+
+        :returns: the chords of which one was recorded here.
+        """
         by_id = {finding.id: finding for finding in findings}
         if not by_id:
-            return
-        backends: dict[str, Backend] = {
-            group_id: backend_of(self._app_for(serializer))
-            for serializer, group_ids in self._by_serializer(by_id).items()
-            for group_id in group_ids
-        }
+            return set()
+        serializers = {key: name for name, keys in self._by_serializer(by_id).items() for key in keys}
+        parts = []
         for row in self._database.fetch(SQL["ended_parts"], {"group_ids": sorted(by_id)}):
-            backend = backends[row["group_id"]]
+            backend = backend_of(self._app_for(serializers[row["group_id"]]))
             try:
-                meta = backend.decode_result(row["meta"])
-                backend.chords.return_part(row["group_id"], row["task_id"], meta["status"], meta["result"])
+                parts.append((row["group_id"], row["task_id"], *_as_part(backend, row["meta"])))
             except (KombuError, CeleryError) as error:
                 self._complain(by_id[row["group_id"]], _explained(by_id[row["group_id"]], error))
+        columns = {
+            name: [part[number] for part in parts]
+            for number, name in enumerate(("group_ids", "task_ids", "states", "payloads"))
+        }
+
+        def write(connection: Connection) -> set[str]:
+            recorded = {row["group_id"] for row in connection.execute(SQL["record_parts"], columns).fetchall()}
+            self._note(connection, [by_id[group_id] for group_id in sorted(recorded)])
+            return recorded
+
+        return self._database.run(write) if parts else set()
 
     def _by_serializer(self, group_ids: Iterable[str]) -> dict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)
@@ -163,6 +203,13 @@ class Remedies:
 
 def _distinct(findings: Iterable[Finding]) -> list[Finding]:
     return list({(finding.kind, finding.id, finding.messages): finding for finding in findings}.values())
+
+
+def _as_part(backend: Backend, meta: bytes) -> tuple[str, bytes]:
+    """The state and the payload of the part that a stored result is."""
+    decoded = backend.decode_result(meta)
+    state = decoded["status"]
+    return state, ensure_bytes(backend.encode(backend.encode_result(decoded["result"], state)))
 
 
 @contextmanager

@@ -121,8 +121,9 @@ class Recovery:
         remedies = Remedies(self._database, self._app, run_id, self._complain)
         curable = [finding for finding in agreed if finding.curable]
         done: list[Finding] = []
+        outwards = plan is None and "chord" in only
         for start in range(0, len(curable), BATCH):
-            done += self._try(remedies, curable[start : start + BATCH], messages)
+            done += self._try(remedies, curable[start : start + BATCH], messages, outwards=outwards)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
 
@@ -150,9 +151,11 @@ class Recovery:
             self._apps[serializer] = application(self._site, serializer)
         return self._apps[serializer]
 
-    def _try(self, remedies: Remedies, batch: Sequence[Finding], messages: Mapping[str, Message]) -> Iterable[Finding]:
+    def _try(
+        self, remedies: Remedies, batch: Sequence[Finding], messages: Mapping[str, Message], *, outwards: bool
+    ) -> Iterable[Finding]:
         try:
-            return remedies.apply(batch, messages)
+            return remedies.apply(batch, messages, outwards=outwards)
         except (NeedsOperator, Transient) as error:
             # A batch that cannot be remedied now must not keep the others from it.
             for finding in batch:

@@ -10,6 +10,8 @@ import pytest
 import redis
 from celery import chord
 
+from patchpilot.errors import Exit
+from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery.inventory import inventory, life
@@ -49,12 +51,47 @@ def test_what_is_open_stuck_and_unrecoverable(shop: Shop, config: Path) -> None:
     assert (found[total.name].open, found[total.name].unrecoverable) == (2, 0)
     assert (found[note.name].open, found[note.name].unrecoverable) == (1, 1)
     answer = ask(config)
-    assert answer["open"] == 3
+    assert (answer["open"], answer["unrecoverable"]) == (3, 1)
+    assert answer["oldest"] == min(it["oldest"] for it in answer["by_callback"])
     assert {it["callback"]: it["stuck"] for it in answer["by_callback"]} == {total.name: 1, note.name: 0}
     assert [it["id"] for it in answer["stuck"]] == [lost.parent.id]
-    text = patchpilot("chords", "--config", config).stdout
-    assert total.name in text
-    assert "UNRECOVERABLE" in text
+    told = patchpilot("chords", "--config", config)
+    assert total.name in told.stdout
+    assert "UNRECOVERABLE" in told.stdout
+    assert f"chord {lost.parent.id} ({total.name}): header-message-lost: 0 of 2 parts returned" in told.stdout
+    assert told.stderr.startswith("3 chords are open, the oldest for ")
+    assert told.stderr.endswith(", 1 stuck\n")
+
+
+def test_a_callback_that_was_lost_is_told_though_its_chord_is_not_open(shop: Shop, config: Path) -> None:
+    result = chord([add.s(1, 1)], total.s().set(queue="late")).apply_async()
+    shop.worker("-c", "1")
+    with redis.Redis.from_url(shop.broker) as broker:
+        until(lambda: broker.llen("late") == 1, seconds=30, what="the callback was sent")
+        broker.delete("late")
+    told = patchpilot("chords", "--config", config)
+    assert f"callback {result.parent.id} ({total.name}): callback-message-lost: " in told.stdout
+    assert told.stderr == "no chord is open, 1 stuck\n"
+    assert [it["id"] for it in ask(config)["stuck"]] == [result.parent.id]
+    answer = ask(config, "show", result.id)
+    assert [(it["diagnosis"], it["remedy"]) for it in answer["stuck"]] == [("callback-message-lost", "republish")]
+    text = patchpilot("chords", "show", result.id, "--config", config).stdout
+    assert "callback-message-lost: the message of " in text
+    assert "(remedy: republish)" in text
+
+
+def test_what_the_broker_cannot_tell_is_not_known_and_the_rest_is_told(shop: Shop, config: Path) -> None:
+    result = chord([add.s(1, 1)], total.s()).apply_async()
+    answer = ask(config, "show", result.id)
+    assert (answer["stuck"], answer["unknown"], answer["over"]) == ([], None, False)
+    config.write_text(config.read_text().replace(shop.broker, f"redis://127.0.0.1:{free_port()}/0"))
+    answer = ask(config, "show", result.id)
+    assert answer["stuck"] == []
+    assert "cannot be read" in answer["unknown"]
+    text = patchpilot("chords", "show", result.id, "--config", config).stdout
+    assert "whether anything was lost is not known: the broker at " in text
+    assert "1 of 1 header tasks have not returned" in text
+    assert patchpilot("chords", "--config", config).returncode == Exit.RESUME_LATER
 
 
 def test_the_life_of_a_chord_says_why_its_callback_has_not_run(shop: Shop, config: Path) -> None:

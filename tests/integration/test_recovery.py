@@ -17,7 +17,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, app, becomes_hold, hold, later, note, total
+from tests.support.shop import add, app, becomes_hold, hold, later, note, quiet, total
 
 pytestmark = pytest.mark.backend
 
@@ -331,6 +331,25 @@ def test_a_row_that_is_locked_for_a_moment_is_not_forgotten(shop: Shop) -> None:
             returned = "SELECT 1 FROM patchpilot.chord_part WHERE state IS NOT NULL"
             until(lambda: database.fetch(returned) != [], seconds=30, what="the last part had returned")
     assert result.get(timeout=30) == 2
+
+
+def test_a_part_without_a_result_that_has_returned_is_not_run_again(shop: Shop, recovery: Recovery) -> None:
+    """Its worker dies before it takes the chord, which somebody has locked, and before the end of the part's message is
+    on record: all that tells of its end is the part."""
+    result = chord([quiet.s(4)], total.s()).apply_async()
+    with psycopg.connect(shop.dsn) as connection, Database(shop.dsn) as database:
+        connection.execute("SELECT FROM patchpilot.chord FOR UPDATE")
+        worker = shop.worker("-c", "1")
+        returned = "SELECT FROM patchpilot.chord_part WHERE state IS NOT NULL"
+        until(lambda: database.fetch(returned) != [], seconds=30, what="the part had returned")
+        worker.kill()
+        assert len(database.fetch("SELECT FROM patchpilot.outbox")) == 1
+    await_stuck(recovery)
+    assert only(recovery.recover(NOW)).diagnosis == "dispatch-lost"
+    shop.worker()
+    assert result.get(timeout=30) == 4
+    assert recovery.recover(NOW) == ()
+    assert shop.ledger() == ["quiet 4", "total 4"]
 
 
 @counts_in_valkey

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from celery import Celery, Task, chain, group
+from celery import Celery, Task, chain, chord, group
 from celery.result import allow_join_result
 
 import patchpilot
@@ -128,6 +128,11 @@ def relay(label: str, steps: int) -> str:
 @app.task(bind=True)
 def becomes_hold(self: Task, gate: str) -> Any:
     return self.replace(hold.s(None, gate, label="replaced"))
+
+
+@app.task(bind=True)
+def becomes_chord_of(self: Task, gate: str) -> Any:
+    return self.replace(chord([hold.s(1, gate), add.s(1, 1)], total.s()))
 
 
 @app.task(bind=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchpilot.recovery.diagnose import CHORDS, MESSAGES, Header, diagnose, first
+from patchpilot.recovery.diagnose import CHORDS, MESSAGES, Header, Rule, diagnose, first
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Remedy
 
@@ -31,65 +33,100 @@ def message(where: Where, **changes: object) -> Message:
     return Message(**{**values, **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("diagnosis", "remedy", "changes", "wheres"),
-    [
-        ("dispatch-interrupted", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "claimed": True}, []),
-        ("part-return-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "counting": "valkey"}, []),
-        ("dispatch-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0}, []),
-        ("error-path-lost", Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "failed": 1}, []),
-        ("shadow", Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
-        ("unrecoverable", Remedy.NONE, {"returned": 3, "messages": 0, "unrecoverable": "a lambda"}, []),
-        ("part-return-interrupted", Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
-        ("half-published", Remedy.NONE, {"publish_error": "EncodeError"}, [Where.NOWHERE]),
-        ("header-message-lost", Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE]),
-        ("header-message-lost", Remedy.REPUBLISH, {}, [Where.ABANDONED, Where.HELD]),
-        ("unknown", Remedy.NONE, {}, [Where.QUEUED, Where.UNKNOWN]),
-        ("never-published", Remedy.NONE, {"messages": 1}, [Where.QUEUED]),
-    ],
-)
-def test_each_chord_that_is_stuck(
-    diagnosis: str, remedy: Remedy, changes: dict[str, object], wheres: list[Where]
-) -> None:
-    messages = tuple(message(where, message_id=str(i), group_id="g") for i, where in enumerate(wheres))
-    findings = diagnose(Evidence((chord(**changes),), messages))
-    assert [(it.kind, it.id, it.diagnosis, it.remedy) for it in findings if it.kind == "chord"] == [
-        ("chord", "g", diagnosis, remedy)
+# One row of a table: the evidence that leads to it, which is not enough for any row above.
+OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Where]]] = {
+    "being-dispatched": (Remedy.NONE, {"returned": 3, "messages": 0, "claimed": True, "claim_live": True}, []),
+    "shadow": (Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
+    "shadow-at-work": (Remedy.NONE, {"messages": 0, "shadow": True}, []),
+    "half-published": (Remedy.NONE, {"publish_error": "EncodeError"}, [Where.NOWHERE]),
+    "unrecoverable": (Remedy.NONE, {"returned": 3, "messages": 0, "unrecoverable": "a lambda"}, []),
+    "dispatch-interrupted": (Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "claimed": True}, []),
+    "being-finished": (Remedy.NONE, {"returned": 3, "messages": 0, "age": timedelta(seconds=1)}, []),
+    "error-path-lost": (Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "failed": 1}, []),
+    "part-return-lost": (Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "counting": "valkey"}, []),
+    "dispatch-lost": (Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0}, []),
+    "part-return-interrupted": (Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
+    "header-message-lost": (Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE]),
+    "unknown": (Remedy.NONE, {}, [Where.QUEUED, Where.UNKNOWN]),
+    "never-published": (Remedy.NONE, {"messages": 0}, []),
+    "at-work": (Remedy.NONE, {}, [Where.QUEUED, Where.HELD]),
+}
+
+OF_MESSAGES: dict[str, tuple[Remedy, Where, dict[str, object]]] = {
+    "ended": (Remedy.NONE, Where.ENDED, {}),
+    "in-good-hands": (Remedy.NONE, Where.HELD, {}),
+    "shadow": (Remedy.NONE, Where.NOWHERE, {"shadow": True}),
+    "unknown": (Remedy.NONE, Where.UNKNOWN, {}),
+    "expired": (Remedy.NONE, Where.NOWHERE, {"expired": True}),
+    "abandoned": (Remedy.REQUEUE, Where.ABANDONED, {}),
+    "message-lost": (Remedy.REPUBLISH, Where.NOWHERE, {}),
+}
+
+
+def of_header(wheres: list[Where]) -> tuple[Message, ...]:
+    return tuple(message(where, message_id=str(i), group_id="g") for i, where in enumerate(wheres))
+
+
+@pytest.mark.parametrize("rule", CHORDS, ids=lambda rule: rule.name)
+def test_each_row_of_the_table_of_chords(rule: Rule[Header]) -> None:
+    remedy, changes, wheres = OF_CHORDS[rule.name]
+    it = chord(**changes)
+    assert rule.remedy is remedy
+    lost = tuple(each for each in of_header(wheres) if each.where is Where.NOWHERE)
+    unknown = tuple(each for each in of_header(wheres) if each.where is Where.UNKNOWN)
+    assert first(CHORDS, Header(it, lost, unknown)) is rule
+    told = [each for each in diagnose(Evidence((it,), of_header(wheres))) if each.kind == "chord"]
+    expected = [("g", rule.name, remedy, "total", it.returned, 3)] if rule.report else []
+    assert [
+        (each.id, each.diagnosis, each.remedy, each.callback, each.returned, each.total) for each in told
+    ] == expected
+    assert all(each.reason and not set("{}") & set(each.reason) for each in told)
+
+
+@pytest.mark.parametrize("rule", MESSAGES, ids=lambda rule: rule.name)
+def test_each_row_of_the_table_of_messages(rule: Rule[Message]) -> None:
+    remedy, where, changes = OF_MESSAGES[rule.name]
+    assert rule.remedy is remedy
+    assert first(MESSAGES, message(where, **changes)) is rule
+    task = diagnose(Evidence((), (message(where, **changes),)))
+    callback = diagnose(Evidence((), (message(where, callback_of="g", **changes),)))
+    if not rule.report:
+        assert (task, callback) == ((), ())
+        return
+    assert [(it.kind, it.id, it.diagnosis, it.remedy) for it in task] == [("task", "t", rule.name, remedy)]
+    assert [(it.kind, it.id, it.diagnosis, it.remedy, it.callback) for it in callback] == [
+        ("callback", "g", f"callback-{rule.name}", remedy, "add")
     ]
-    assert "{" not in findings[0].reason
+    assert "add" in task[0].reason
+
+
+def test_no_row_is_without_a_test_and_no_name_is_there_twice() -> None:
+    assert [rule.name for rule in CHORDS] == list(OF_CHORDS)
+    assert [rule.name for rule in MESSAGES] == list(OF_MESSAGES)
 
 
 @pytest.mark.parametrize(
-    ("changes", "wheres"),
+    ("changes", "wheres", "diagnosis"),
     [
-        ({}, [Where.QUEUED, Where.HELD]),
-        ({"returned": 3, "messages": 0, "claimed": True, "claim_live": True}, []),
-        ({"messages": 0, "age": timedelta(seconds=5)}, []),
-        ({"messages": 1, "inner_chords": 1}, [Where.HELD]),
-        ({"messages": 0, "shadow": True}, []),
-        ({"returned": 3, "messages": 0, "age": timedelta(seconds=1)}, []),
+        ({}, [Where.ABANDONED, Where.HELD], "header-message-lost"),
+        ({}, [Where.NOWHERE, Where.UNKNOWN], "header-message-lost"),
+        ({"messages": 0, "age": timedelta(minutes=1)}, [], "at-work"),
+        ({"messages": 0, "age": timedelta(minutes=1, seconds=1)}, [], "never-published"),
+        ({"messages": 1}, [Where.HELD], "at-work"),
+        ({"messages": 0, "inner_chords": 1}, [], "at-work"),
+        ({"returned": 3, "messages": 0, "age": timedelta(seconds=2)}, [], "dispatch-lost"),
+        ({"returned": 3, "messages": 0, "failed": 1, "counting": "valkey"}, [], "error-path-lost"),
+        ({"returned": 3, "messages": 0, "claimed": True, "failed": 1}, [], "dispatch-interrupted"),
+        ({"returned": 2, "unrecoverable": "a lambda"}, [Where.NOWHERE], "header-message-lost"),
+        ({"returned": 3, "messages": 0, "claimed": True, "publish_error": "E"}, [], "half-published"),
+        ({"ended": 1, "messages": 1}, [Where.UNKNOWN], "part-return-interrupted"),
     ],
 )
-def test_each_chord_that_is_not(changes: dict[str, object], wheres: list[Where]) -> None:
-    messages = tuple(message(where, message_id=str(i), group_id="g") for i, where in enumerate(wheres))
-    assert diagnose(Evidence((chord(**changes),), messages)) == ()
-
-
-@pytest.mark.parametrize(
-    ("where", "expired", "diagnosis", "remedy"),
-    [
-        (Where.NOWHERE, False, "message-lost", Remedy.REPUBLISH),
-        (Where.ABANDONED, False, "abandoned", Remedy.REQUEUE),
-        (Where.NOWHERE, True, "expired", Remedy.NONE),
-        (Where.UNKNOWN, False, "unknown", Remedy.NONE),
-    ],
-)
-def test_each_message_that_is_worth_telling(where: Where, expired: bool, diagnosis: str, remedy: Remedy) -> None:
-    [task] = diagnose(Evidence((), (message(where, expired=expired),)))
-    assert (task.kind, task.id, task.diagnosis, task.remedy) == ("task", "t", diagnosis, remedy)
-    [callback] = diagnose(Evidence((), (message(where, expired=expired, callback_of="g"),)))
-    assert (callback.kind, callback.id, callback.diagnosis) == ("callback", "g", f"callback-{diagnosis}")
-    assert callback.callback == "add"
+def test_what_lies_between_two_rows(changes: dict[str, object], wheres: list[Where], diagnosis: str) -> None:
+    it = chord(**changes)
+    lost = tuple(each for each in of_header(wheres) if each.where in (Where.NOWHERE, Where.ABANDONED))
+    unknown = tuple(each for each in of_header(wheres) if each.where is Where.UNKNOWN)
+    assert first(CHORDS, Header(it, lost, unknown)).name == diagnosis
 
 
 def test_a_message_that_is_only_watched_is_never_sent_again() -> None:
@@ -107,30 +144,160 @@ def test_a_message_is_told_with_its_chord_or_by_itself_but_not_twice() -> None:
     assert finding.kind == "task"
 
 
-chords = st.builds(
-    Chord, group_id=st.just("g"), callback=st.just("c"), age=st.timedeltas(min_value=timedelta(0), max_value=HOUR),
-    total=st.integers(1, 5), returned=st.integers(0, 5), ended=st.integers(0, 5), inner_chords=st.integers(0, 5),
-    messages=st.integers(0, 5), claimed=st.booleans(), claim_live=st.booleans(),
-    publish_error=st.none() | st.just("Error"), shadow=st.booleans(), unrecoverable=st.none() | st.just("why"),
-    counting=st.sampled_from(["postgres", "valkey"]),
-)  # fmt: skip
-messages = st.builds(
-    Message, message_id=st.uuids().map(str), task_id=st.just("t"), task_name=st.just("n"),
-    group_id=st.none() | st.just("g"), callback_of=st.none() | st.just("h"), where=st.sampled_from(Where),
-    age=st.just(HOUR), expired=st.booleans(), resends=st.integers(0, 3),
-    sent_at=st.just(datetime(2026, 1, 1, tzinfo=UTC)), tag=st.none() | st.just("tag"),
-)  # fmt: skip
+@pytest.mark.parametrize("kind", ["callback", "task"])
+def test_messages_of_one_callback_or_task_that_fare_alike_are_one_finding(kind: str) -> None:
+    """Those of a group body, for example: a plan goes by kind and id."""
+    of = {"callback_of": "g"} if kind == "callback" else {}
+    fates = (Where.NOWHERE, Where.NOWHERE, Where.ABANDONED, Where.QUEUED)
+    found = tuple(
+        message(where, message_id=str(i), task_name=f"task{i}", age=HOUR * (i + 1), **of)
+        for i, where in enumerate(fates)
+    )
+    abandoned, lost = diagnose(Evidence((), found))
+    assert (lost.kind, lost.messages, lost.age) == (kind, ("0", "1"), 2 * HOUR)
+    assert "task0, task1" in lost.reason
+    assert abandoned.messages == ("2",)
 
 
-@given(chords, st.lists(messages, max_size=6))
-def test_every_evidence_has_one_diagnosis_and_what_is_unknown_is_never_touched(it: Chord, found: list[Message]) -> None:
-    for each in found:
-        assert first(MESSAGES, each).name
-    assert first(CHORDS, Header(it, (), ())).name
-    findings = diagnose(Evidence((it,), tuple(found)))
-    untouchable = {
-        each.message_id for each in found if each.where in (Where.UNKNOWN, Where.QUEUED, Where.HELD, Where.ENDED)
-    }
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"returned": 3, "age": timedelta(0)},
+        {"returned": 3},
+        {"returned": 3, "claimed": True, "claim_live": True},
+        {"publish_error": "EncodeError"},
+        {"returned": 3, "unrecoverable": "a lambda"},
+    ],
+)
+def test_a_header_that_nobody_needs_is_not_sent_again(changes: dict[str, object]) -> None:
+    """Its chord is complete, or left alone; what lies about of its header is no business of recovery's."""
+    for finding in diagnose(Evidence((chord(**changes),), of_header([Where.NOWHERE, Where.ABANDONED]))):
+        assert finding.kind == "chord"
+        assert finding.messages == ()
+
+
+# -- every evidence that there can be ---------------------------------------------------------------------------------
+
+
+@st.composite
+def chords(draw: st.DrawFn) -> Chord:
+    total = draw(st.integers(1, 5))
+    returned = draw(st.integers(0, total))
+    claimed = returned == total and draw(st.booleans())
+    return Chord(
+        group_id="g", callback="c", age=draw(st.timedeltas(min_value=timedelta(0), max_value=HOUR)), total=total,
+        returned=returned, ended=draw(st.integers(0, total - returned)),
+        inner_chords=draw(st.integers(0, total - returned)), messages=draw(st.integers(0, 5)), claimed=claimed,
+        claim_live=claimed and draw(st.booleans()), publish_error=draw(st.none() | st.just("Error")),
+        failed=draw(st.integers(0, returned)), counting=draw(st.sampled_from(["postgres", "valkey"])),
+        unrecoverable=draw(st.none() | st.just("why")), shadow=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> Message:
+    where = draw(st.sampled_from(Where))
+    return Message(
+        message_id=str(draw(st.uuids())), task_id=draw(st.sampled_from(["t", "u"])), task_name="n",
+        group_id=draw(st.none() | st.just("g")), callback_of=draw(st.none() | st.just("h")), where=where, age=HOUR,
+        expired=draw(st.booleans()), resends=draw(st.integers(0, 3)), sent_at=datetime(2026, 1, 1, tzinfo=UTC),
+        tag="tag" if where is Where.ABANDONED else None, shadow=draw(st.booleans()),
+    )  # fmt: skip
+
+
+evidence = st.builds(
+    Evidence, st.lists(chords(), max_size=1).map(tuple),
+    st.lists(messages(), max_size=6, unique_by=lambda it: it.message_id).map(tuple),
+)  # fmt: skip
+
+UNTOUCHABLE = (Where.UNKNOWN, Where.QUEUED, Where.HELD, Where.ENDED)
+
+
+def touched(found: Evidence) -> set[str]:
+    """The chords that are remedied, and the messages that are sent again."""
+    cured = [finding for finding in diagnose(found) if finding.curable]
+    chords = {finding.id for finding in cured if finding.kind == "chord" and not finding.messages}
+    return chords | {message_id for finding in cured for message_id in finding.messages}
+
+
+@given(chords(), st.lists(messages(), max_size=3), st.lists(messages(), max_size=3))
+def test_every_chord_has_one_diagnosis(it: Chord, lost: list[Message], unknown: list[Message]) -> None:
+    header = Header(it, tuple(lost), tuple(unknown))
+    rule = first(CHORDS, header)
+    above = CHORDS[: CHORDS.index(rule)]
+    assert rule.applies(header)
+    assert not any(each.applies(header) for each in above)
+
+
+@given(messages())
+def test_every_message_has_one_diagnosis(it: Message) -> None:
+    rule = first(MESSAGES, it)
+    assert rule.applies(it)
+    assert not any(each.applies(it) for each in MESSAGES[: MESSAGES.index(rule)])
+
+
+@given(evidence)
+def test_nothing_is_told_twice_and_a_diagnosis_is_one_of_the_tables(found: Evidence) -> None:
+    findings = diagnose(found)
     resent = [key for finding in findings if finding.curable for key in finding.messages]
     assert len(resent) == len(set(resent))
-    assert not untouchable & set(resent)
+    keys = [(it.kind, it.id, it.diagnosis) for it in findings]
+    assert len(keys) == len(set(keys))
+    names = {"chord": {rule.name for rule in CHORDS if rule.report}, "task": {it.name for it in MESSAGES if it.report}}
+    names["callback"] = {f"callback-{name}" for name in names["task"]}
+    assert all(it.diagnosis in names[it.kind] for it in findings)
+    assert all(it.age >= timedelta(0) and it.reason for it in findings)
+
+
+@given(evidence)
+def test_what_is_unknown_or_in_good_hands_is_never_touched(found: Evidence) -> None:
+    kept = {it.message_id for it in found.messages if it.where in UNTOUCHABLE or it.shadow or it.expired}
+    assert not kept & touched(found)
+
+
+@given(evidence)
+def test_a_live_claim_is_never_touched_nor_its_header(found: Evidence) -> None:
+    claimed = {it.group_id for it in found.chords if it.claim_live}
+    assert not claimed & touched(found)
+    assert not {it.message_id for it in found.messages if it.group_id in claimed} & touched(found)
+
+
+@given(evidence)
+def test_a_chord_that_is_only_watched_or_whose_sending_raised_is_never_remedied(found: Evidence) -> None:
+    left = {it.group_id for it in found.chords if it.shadow or it.publish_error}
+    assert not left & {finding.id for finding in diagnose(found) if finding.kind == "chord" and finding.curable}
+    raised = {it.group_id for it in found.chords if it.publish_error}
+    assert not {it.message_id for it in found.messages if it.group_id in raised} & touched(found)
+
+
+@given(evidence)
+def test_a_callback_is_dispatched_only_when_every_part_is_here(found: Evidence) -> None:
+    complete = {it.group_id for it in found.chords if it.returned == it.total}
+    dispatched = {it.id for it in diagnose(found) if it.remedy is Remedy.DISPATCH_CALLBACK}
+    assert dispatched <= complete
+
+
+@given(evidence, st.data())
+def test_a_sign_of_life_never_leads_to_a_remedy(found: Evidence, data: st.DataObject) -> None:
+    """A message that turns up in good hands, a claim, progress a moment ago: what was left alone stays left alone."""
+    seen = tuple(
+        replace(it, where=data.draw(st.sampled_from([it.where, Where.HELD, Where.QUEUED]))) for it in found.messages
+    )
+    alive = tuple(
+        replace(
+            it, age=data.draw(st.sampled_from([it.age, timedelta(0)])),
+            claim_live=it.claim_live or (it.claimed and data.draw(st.booleans())),
+        )
+        for it in found.chords
+    )  # fmt: skip
+    assert touched(Evidence(alive, seen)) <= touched(found)
+
+
+@given(evidence, st.randoms(use_true_random=False))
+def test_the_order_in_which_things_were_seen_does_not_matter(found: Evidence, random: Random) -> None:
+    shuffled = list(found.messages)
+    random.shuffle(shuffled)
+    again = diagnose(Evidence(found.chords, tuple(shuffled)))
+    assert [replace(it, messages=tuple(sorted(it.messages))) for it in again] == [
+        replace(it, messages=tuple(sorted(it.messages))) for it in diagnose(found)
+    ]

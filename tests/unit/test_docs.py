@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_test_that_the_promise_names_exists() -> None:
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "promise.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", ["promise.md", "losses.md"])
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert len(named) > 20
     missing = [
         f"{file}::{test}"
@@ -17,6 +20,22 @@ def test_every_test_that_the_promise_names_exists() -> None:
         if f"def {test}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
     ]
     assert missing == []
+
+
+def test_every_row_of_the_loss_model_is_told_with_its_test_or_the_reason_why_there_is_none() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "losses.md").read_text(encoding="utf-8").splitlines()]
+    numbered = [row for row in rows if row[0].removeprefix("| ").isdecimal()]
+    assert [int(row[0].removeprefix("| ")) for row in numbered] == list(range(1, 27))
+    assert all(len(row) == 5 and all(row) for row in numbered)
+    assert [row[0] for row in numbered if "::test_" not in row[4] and "no test: " not in row[4]] == []
+
+
+def test_every_scenario_of_a_loss_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    scenarios = re.findall(
+        r"^def (test_\w+)", (ROOT / "tests/scenarios/test_losses.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name in scenarios if f"::{name}`" not in page] == []
 
 
 def test_every_sentence_of_the_promise_names_a_test() -> None:

@@ -10,6 +10,8 @@ from patchpilot.engine.journal import RUN_TRANSITIONS, TRANSITIONS
 from patchpilot.errors import Exit
 from patchpilot.phases import RUNBOOK
 from patchpilot.phases.order import Kind
+from patchpilot.recovery.diagnose import CHORDS, MESSAGES
+from patchpilot.recovery.findings import Remedy
 from tools import docs
 
 
@@ -33,6 +35,25 @@ def test_every_phase_operation_and_exit_code_is_in_the_index() -> None:
     assert all(f"`{kind}`" in text for kind in Kind)
     assert all(f"{code.value} {code.name.lower().replace('_', ' ')}" in text for code in Exit)
     assert all((docs.INDEX.parent / page).exists() for page in ("p8-report.md", "what-if.md"))
+
+
+def test_every_diagnosis_that_is_reported_has_a_line_in_the_runbook_and_no_other() -> None:
+    tables = {"chord": CHORDS, "message": MESSAGES}
+    reported = {docs.anchor(kind, rule.name) for kind, rules in tables.items() for rule in rules if rule.report}
+    lines = docs.advice()
+    assert set(lines) == reported
+    assert all(lines.values())
+    text = docs.ADVICE.read_text(encoding="utf-8")
+    assert all(text.count(f'<a id="{at}"></a>') == 1 for at in reported)
+
+
+def test_every_diagnosis_and_every_remedy_is_on_the_page_with_its_evidence() -> None:
+    text = docs.DIAGNOSES.read_text(encoding="utf-8")
+    for rule in (*CHORDS, *MESSAGES):
+        assert f"| {rule.evidence} | `{rule.remedy}` |" in text
+        assert rule.why.partition("{")[0] in text
+    assert all(f"| `{remedy}` | " in text for remedy in Remedy)
+    assert "{" not in text
 
 
 def test_a_change_of_the_table_changes_the_diagram() -> None:

@@ -44,7 +44,8 @@ WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 -- Every message whose task has not ended, as far as PostgreSQL knows.
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
        o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
-       r.task_id IS NOT NULL OR coalesce(f.finished, false) AS ended, coalesce(f.running, false) AS running
+       r.task_id IS NOT NULL OR coalesce(f.finished, false) OR part.returned AS ended,
+       coalesce(f.running, false) AS running
 FROM patchpilot.outbox o
 LEFT JOIN patchpilot.result r
     ON r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
@@ -54,6 +55,13 @@ LEFT JOIN LATERAL (
     FROM patchpilot.fence
     WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
 ) f ON true
+-- Without a result only its part tells that a header task has ended; it is of this sending if it returned after it.
+CROSS JOIN LATERAL (
+    SELECT EXISTS (
+        SELECT FROM patchpilot.chord_part p
+        WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.returned_at >= o.recorded_at
+    ) AS returned
+) part
 WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
 ORDER BY o.sent_at, o.message_id
 
@@ -72,6 +80,23 @@ JOIN patchpilot.chord c USING (group_id)
 JOIN patchpilot.result r
     ON r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= c.created_at
 WHERE p.group_id = ANY(%(group_ids)s) AND p.state IS NULL
+
+-- name: record_parts
+-- Compare and set, as a worker returns a part: of several who saw it, one records it.
+UPDATE patchpilot.chord_part p
+SET state = ended.state, payload = ended.payload, returned_at = now()
+FROM unnest(%(group_ids)s::text[], %(task_ids)s::text[], %(states)s::text[], %(payloads)s::bytea[])
+    AS ended (group_id, task_id, state, payload)
+WHERE p.group_id = ended.group_id AND p.task_id = ended.task_id AND p.state IS NULL
+RETURNING p.group_id
+
+-- name: around
+-- Open chords that wait for the callback of one of these, which were ended as failed: no process will return that part.
+SELECT DISTINCT c.group_id, c.callback_name, inner_chord.callback_id
+FROM patchpilot.chord inner_chord
+JOIN patchpilot.chord_part p ON p.task_id = inner_chord.callback_id AND p.state IS NULL
+JOIN patchpilot.chord c ON c.group_id = p.group_id AND c.state IN ('open', 'claimed') AND NOT c.shadow
+WHERE inner_chord.group_id = ANY(%(group_ids)s) AND inner_chord.state = 'failed' AND c.publish_error IS NULL
 
 -- name: take
 -- Compare and set: of several recoveries that saw the same loss, one gets the message.
