@@ -149,6 +149,10 @@ class Celery(_Section):
 
     accept_content: tuple[str, ...] = ("json",)
     """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
+    results: SecretStr | None = None
+    """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
+    results_prefix: str = ""
+    """``global_keyprefix`` of the result backend transport options, if the application sets one."""
 
 
 class Cluster(_Section):
@@ -227,7 +231,15 @@ class Settings(BaseSettings):
                 f"cluster {name!r} has no endpoint: set clusters.{name}.endpoint in the configuration file "
                 f"or PATCHPILOT_CLUSTERS__{name.upper()}__ENDPOINT"
             )
-        return _readable_endpoint(secret.get_secret_value(), name)
+        return _readable_endpoint(secret.get_secret_value(), f"clusters.{name}.endpoint")
+
+    def results_endpoint(self) -> str:
+        """The URL of the Valkey of the application's result backend; empty if that is the broker.
+
+        :raises Usage: if it is malformed.
+        """
+        url = self.celery.results.get_secret_value() if self.celery.results else ""
+        return _readable_endpoint(url, "celery.results") if url else ""
 
 
 def _readable_dsn(dsn: str) -> str:
@@ -248,7 +260,7 @@ def _readable_endpoint(url: str, name: str) -> str:
         good = False
     if not good:
         raise Usage(
-            f"clusters.{name}.endpoint is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
+            f"{name} is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
             "and percent-encode special characters of the password"
         )
     return url

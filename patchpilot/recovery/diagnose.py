@@ -58,6 +58,10 @@ CHORDS: tuple[Rule[Header], ...] = (
         "a process is dispatching the callback right now", report=False,
     ),
     Rule(
+        "finishing", lambda it: it.chord.finishing, Remedy.NONE,
+        "a worker still runs the task of the part that came last, and finishes the chord when it is done", report=False,
+    ),
+    Rule(
         "shadow", lambda it: it.chord.shadow and it.chord.returned == it.chord.total, Remedy.NONE,
         "all {total} parts are in PostgreSQL and its callback is not out; in shadow mode it is only watched",
     ),
@@ -123,6 +127,10 @@ MESSAGES: tuple[Rule[Message], ...] = (
     Rule(
         "unknown", lambda it: it.where is Where.UNKNOWN, Remedy.NONE,
         "{task_name} is in no queue, but a worker that is alive does not answer: it may have it",
+    ),
+    Rule(
+        "revoked", lambda it: it.where is Where.REVOKED, Remedy.NONE,
+        "the message of {task_name} was lost, and somebody had revoked it: it is not sent again",
     ),
     Rule(
         "expired", lambda it: it.expired, Remedy.NONE,

@@ -17,8 +17,10 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
+from patchpilot.recovery.housekeeping import servers
 from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
+from patchpilot.recovery.strays import sweep_up
 from patchpilot.valkey.broker import Broker
 from patchpilot.workers.application import Site, application
 from patchpilot.workers.canaries import purge
@@ -58,6 +60,7 @@ class Recovery:
         self._site = site
         self._database = Database(site.dsn, clock=clock)
         self._broker = Broker(site.endpoint, site.key_prefix)
+        self._servers = servers(site)
         self._apps: dict[str, Celery] = {}
         self._clock = clock
         self._complain = complain
@@ -72,6 +75,8 @@ class Recovery:
     def close(self) -> None:
         """Close all connections."""
         self._broker.close()
+        for server in self._servers:
+            server.close()
         self._database.close()
         for app in self._apps.values():
             app.backend.client.connection_pool.disconnect()
@@ -123,6 +128,7 @@ class Recovery:
         done: list[Finding] = []
         for start in range(0, len(curable), BATCH):
             done += self._try(remedies, curable[start : start + BATCH], messages)
+        sweep_up(self._database, self._servers, window.min_age)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
 

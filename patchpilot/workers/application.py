@@ -32,6 +32,10 @@ class Site:
     key_prefix: str = ""
     accept_content: tuple[str, ...] = ("json",)
     claim_lease: timedelta = timedelta(seconds=30)
+    results: str = ""
+    """URL of the Valkey of the application's result backend, if that is another one."""
+    results_prefix: str = ""
+    """The ``global_keyprefix`` of its result backend transport options."""
 
 
 def application(site: Site, serializer: str = "json") -> Celery:
@@ -42,7 +46,8 @@ def application(site: Site, serializer: str = "json") -> Celery:
     app.conf.update(
         broker_url=endpoint,
         broker_transport=TRANSPORT,
-        result_backend=f"patchpilot+{endpoint}",
+        result_backend=f"patchpilot+{_verified(site.results) if site.results else endpoint}",
+        result_backend_transport_options={"global_keyprefix": site.results_prefix} if site.results_prefix else {},
         patchpilot_postgres=site.dsn,
         patchpilot_claim_lease=site.claim_lease,
         patchpilot_postgres_budget=10.0,
