@@ -23,7 +23,7 @@ from patchpilot.clock import Clock
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.findings import Window
-from patchpilot.recovery.hands import Hands, ask
+from patchpilot.recovery.hands import Hands, ask, queues_of
 from patchpilot.valkey.broker import Broker, Holdings
 from patchpilot.workers.asking import Asking
 
@@ -182,7 +182,7 @@ class Collector:
         return found
 
     def _holdings(self, rows: Iterable[Row]) -> Holdings:
-        queues = {row["queue"] or row["routing_key"] for row in rows}
+        queues = {queue for row in rows for queue in queues_of(row)}
         if not queues:
             return Holdings(frozenset(), {})
         return self._broker.holdings(queues, {row["exchange"] for row in rows if row["exchange"]})

@@ -50,7 +50,12 @@ class Hands:
         """Whether this message, which nobody says to have, may be with somebody all the same."""
         if not self.complete or self.places is None:
             return True
-        return bool(self.places.intersection({row["queue"] or row["routing_key"], row["exchange"] or None}))
+        return bool(self.places.intersection({*queues_of(row), row["exchange"] or None}))
+
+
+def queues_of(row: Mapping[str, Any]) -> set[str]:
+    """Where a message of the outbox may be queued. Without an exchange its routing key alone says where."""
+    return {row["queue"] or row["routing_key"]} | ({row["routing_key"]} if not row["exchange"] else set())
 
 
 def ask(asking: Asking, message_ids: Collection[str], task_ids: Collection[str]) -> Hands:
