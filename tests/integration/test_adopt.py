@@ -36,6 +36,7 @@ class Stock:
 
     def __init__(self, shop: Shop) -> None:
         self.app = Celery("stock", broker=shop.broker, backend=shop.broker, set_as_current=False)
+        self.app.backend.on_task_call = lambda *_: None  # nobody here waits for results, so none is subscribed to
         self._shop = shop
 
     def s(self, name: str, *args: Any, early: bool = False, **kwargs: Any) -> Signature:
@@ -92,7 +93,7 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
     inner = stock.chord([chord([s("add", 1, 1), s("add", 2, 2)], s("total"), app=stock.app), s("add", 5, 5)], "outer")
     failing = stock.chord([s("add", 4, 4, early=True), s("boom")], "failing")
     done = stock.chord([s("add", 9, 9, early=True)], "done")
-    stock.work(7)
+    stock.work(6)
     assert broker.llen("celery") > 0
     planned = by_id(housekeeping.adoptable())
     assert {it.reason for key, it in planned.items() if key != done.parent.id} == {None}
@@ -119,7 +120,7 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
         assert recovery.recover(NOW) == ()
     ledger = shop.ledger()
     assert [ledger.count(f"{label} {values!r}") for label, values in expected.items()] == [1] * len(expected)
-    assert len([line for line in ledger if line.startswith("add ")]) == 17
+    assert len([line for line in ledger if line.startswith("add ")]) == 16
 
 
 def test_what_runs_meanwhile_is_counted_when_it_returns(shop: Shop, stock: Stock, housekeeping: Housekeeping) -> None:
@@ -194,9 +195,9 @@ def test_what_cannot_be_adopted_is_told_and_left_alone(
     garbled = stock.chord([stock.s("add", 4, 1), stock.s("add", 4, 2)], "garbled")
     broker.zadd(f"{STEM}{garbled.parent.id}.j", {b"\x80\x04garbled": 0})
     ours = app.AsyncResult(tasks.add.apply_async((5, 5)).id)
-    before = {key: broker.dump(key) for key in broker.keys("*") if b"pidbox" not in key}
+    before = {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")}
     told = by_id(housekeeping.adopt())
-    assert {key: broker.dump(key) for key in broker.keys("*") if b"pidbox" not in key} == before
+    assert {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")} == before
     words = {unsized: "its size is not in Valkey", gone: "no message", dispatching: "dispatches", garbled: "decoded"}
     for result, word in words.items():
         assert word in str(told[result.parent.id].reason), told
