@@ -135,6 +135,9 @@ class Recovery(_Section):
     max_age: Duration = timedelta(hours=24)
     claim_lease: Duration = timedelta(seconds=30)
     """How long a recovery may take to join one chord's results and publish its callback before another may."""
+    dead_after: Duration = timedelta(minutes=1)
+    """A worker that gave no sign of life for this long counts as dead, and what it had as lost. A machine that is
+    frozen for longer than this and comes back may run again what was sent again meanwhile."""
 
 
 class Purge(_Section):

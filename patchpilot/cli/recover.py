@@ -41,6 +41,7 @@ def site(settings: Settings, cluster: str) -> Site:
         key_prefix=settings.cluster(cluster).key_prefix,
         accept_content=settings.celery.accept_content,
         claim_lease=settings.recovery.claim_lease,
+        dead_after=settings.recovery.dead_after,
         results=settings.results_endpoint(),
         results_prefix=settings.celery.results_prefix,
     )

@@ -160,6 +160,8 @@ class Adoption:
         found.stocks = {key: stock for key, stock in found.stocks.items() if key not in on_record}
         for stock in found.stocks.values():
             self._reader.read(stock, self._keys.count(stock.group_id))
+            if stock.missing:
+                self._reader.end(stock, self._keys.results(stock.missing))
         return found
 
     def adopt(self, found: Found, *, unacked: bool) -> list[Verdict]:

@@ -7,7 +7,8 @@ broker and the outbox again. What was in nobody's hands in both looks, and is st
 Why two looks are enough: between two hands a message is for as long as one reply travels. It is longer in two places,
 and both are asked. A reply that a worker has not read stays in its socket, where the worker looks when it is asked; and
 a chord that is complete is finished by the worker of its last part, which runs that part's task until it has done so.
-What a producer has written down and not yet pushed is in no hands at all: that is what the window's age is for.
+What a producer has written down and not yet pushed is in no hands at all. While it pushes, the messages of its dispatch
+appear one by one; a producer that has stopped to do so is told from one that died only by the window's age.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Any
 
 from celery import Celery
 
@@ -155,6 +157,7 @@ class Collector:
     ) -> tuple[Message, ...]:
         second = self._holdings(rows) if unseen else first
         still = self._still_there(unseen) if unseen else set()
+        pushing = {_dispatch(row) for row in unseen if _appeared(row["message_id"], first, second, hands)}
         found = []
         for row in rows:
             key = row["message_id"]
@@ -164,6 +167,8 @@ class Collector:
                 where = Where.HELD
             elif first.taken.get(key) != second.taken.get(key) or (key in first.unacked) != (key in second.unacked):
                 where = Where.HELD  # it moved between the two looks, so somebody is at it
+            elif _dispatch(row) in pushing:
+                where = Where.HELD  # its producer is at it: others of its dispatch have just been pushed
             elif hands.may_have(row) and not assume_lost:
                 where = Where.UNKNOWN
             elif key in second.unacked:
@@ -196,6 +201,17 @@ class Collector:
         message_ids = {row["message_id"] for row in unseen}
         task_ids = {row["task_id"] for row in unseen}.union(*at_the_end.values())
         return ask(asking, message_ids, task_ids)
+
+
+def _dispatch(row: Row) -> tuple[Any, ...]:
+    """What was written down at once was sent by one process, one after the other."""
+    return row["group_id"] or row["message_id"], row["sent_at"], row["resends"]
+
+
+def _appeared(message_id: str, first: Holdings, second: Holdings, hands: Hands) -> bool:
+    """Whether a message that was nowhere in the first look is somewhere in the second."""
+    before = message_id in first.queued or message_id in first.unacked
+    return not before and (message_id in second.queued or message_id in second.unacked or message_id in hands.messages)
 
 
 def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, assume_lost: bool) -> bool:

@@ -63,7 +63,8 @@ def ask(asking: Asking, message_ids: Collection[str], task_ids: Collection[str])
 
     :raises Transient: the broker or PostgreSQL cannot be reached.
     """
-    answers = asking.ask(COMMAND, {"message_ids": sorted(message_ids), "task_ids": sorted(task_ids)})
+    question = {"message_ids": sorted(message_ids), "task_ids": sorted(task_ids)}
+    answers = asking.ask(COMMAND, question, everybody=True)
     ours = answers.by_instance.values()
     tasks, revoked, places = _others(asking, answers.puzzled) if answers.puzzled else (set(), set(), frozenset())
     return Hands(

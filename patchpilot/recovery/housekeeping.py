@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Self
 
-from patchpilot.backend.heartbeat import STALE
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import Database
@@ -30,10 +29,10 @@ class Housekeeping:
     :param stale: a worker that gave no sign of life for this long counts as dead.
     """
 
-    def __init__(self, site: Site, *, clock: Clock = SYSTEM, stale: timedelta = STALE) -> None:
+    def __init__(self, site: Site, *, clock: Clock = SYSTEM, stale: timedelta | None = None) -> None:
         self._site = site
         self._clock = clock
-        self._stale = stale
+        self._stale = site.dead_after if stale is None else stale
         self._database = Database(site.dsn, clock=clock)
         self._broker = Broker(site.endpoint, site.key_prefix)
         self._servers = servers(site)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from celery import Celery
+from celery import Celery, states
 from celery.result import GroupResult, result_from_tuple
 from kombu.compression import decompress
 from kombu.exceptions import KombuError
@@ -66,6 +66,12 @@ class Stock:
         return next((part.callback for part in self.pending.values()), None)
 
     @property
+    def missing(self) -> list[str]:
+        """Parts that are known by name, and of which there is neither a message nor a return."""
+        known = {part.task_id for part in self.returned} | self.pending.keys()
+        return [task_id for task_id in leaves(self.order or ()) if task_id not in known]
+
+    @property
     def total(self) -> int:
         return (self.count.size or 0) + self.count.added
 
@@ -102,6 +108,14 @@ class Reader:
                 stock.order = [_shape(child) for child in saved.results]
         except (KombuError, KeyError, TypeError, ValueError):
             stock.flaw = "what its parts returned cannot be decoded: add its serialiser to celery.accept_content"
+
+    def end(self, stock: Stock, metas: Iterable[bytes]) -> None:
+        """Take in the results of tasks of ``stock`` that have ended: their parts count, returned or not."""
+        for raw in metas:
+            meta, serializer = self._decode(raw)
+            if meta["status"] in states.READY_STATES:
+                payload = ensure_bytes(dumps(meta["result"], serializer=serializer)[2])
+                stock.returned.append(Returned(str(meta["task_id"]), meta["status"], payload, None, serializer))
 
     def returned(self, raw: bytes, index: int | None) -> Returned:
         """A part as Celery's own backend keeps it.

@@ -6,7 +6,7 @@ added since, ``.d`` which parts returned, ``.c`` who dispatches it; and without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ from patchpilot.errors import Transient
 from patchpilot.telemetry import mask
 
 STEM = "celery-taskset-meta-"
+TASK_STEM = "celery-task-meta-"
 SUFFIXES = (".j", ".t", ".s", ".d", ".c", "")
 PAGE = 1000
 """How many keys are looked at with one command."""
@@ -97,7 +98,8 @@ class ChordKeys:
         self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
         self.address = mask(url)
         separator = "" if not prefix or prefix[-1] in ":_-." else "_"  # as Celery completes it
-        self._stem = f"{prefix}{separator}{STEM}"
+        self._prefix = f"{prefix}{separator}"
+        self._stem = f"{self._prefix}{STEM}"
 
     def close(self) -> None:
         self._client.close()
@@ -156,6 +158,15 @@ class ChordKeys:
         :raises Transient: the server cannot be read.
         """
         return self._count(_READ, group_id)
+
+    def results(self, task_ids: Sequence[str]) -> list[bytes]:
+        """What Celery's own backend has stored as the results of these tasks, encoded.
+
+        :raises Transient: the server cannot be read.
+        """
+        with self._away():
+            found: Any = self._client.mget([f"{self._prefix}{TASK_STEM}{task_id}" for task_id in task_ids])
+        return [raw for raw in found if raw is not None]
 
     def stop(self, group_id: str) -> Count:
         """As :meth:`count`; unless somebody is dispatching the chord, Celery's own backend can count no more of it.

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from celery import Celery, _state
 
 from patchpilot.backend.backend import Backend
+from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 
@@ -36,6 +37,8 @@ class Site:
     """URL of the Valkey of the application's result backend, if that is another one."""
     results_prefix: str = ""
     """The ``global_keyprefix`` of its result backend transport options."""
+    dead_after: timedelta = STALE
+    """A worker that gave no sign of life for this long counts as dead, and what it had as lost."""
 
 
 def application(site: Site, serializer: str = "json") -> Celery:

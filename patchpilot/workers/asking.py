@@ -50,13 +50,14 @@ class Asking:
         self._clock = clock
         self._stale = stale
 
-    def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Answers:
+    def ask(self, command: str, arguments: Mapping[str, Any] | None = None, *, everybody: bool = False) -> Answers:
         """Ask every worker.
 
         One that does not answer is waited for until it answers or has not been heard of for so long that it counts as
         dead; one that lives on in silence is busy, or cut off from the broker. Workers go by instance, because two of
         them may have the same name; what does not know the question has only its name.
 
+        :param everybody: wait as well for those of whom nothing is known but that they listen.
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
         answers = Answers()
@@ -67,8 +68,8 @@ class Asking:
             alive = self.alive()
             answers.silent = {key: alive[key] for key in alive.keys() - answers.by_instance}
             answers.strangers = heard.unaccounted(alive)
-            settled = answers.puzzled.issuperset(answers.silent.values()) and not answers.strangers
-            if settled or not patience.pause():
+            settled = answers.puzzled.issuperset(answers.silent.values())
+            if (settled and not (everybody and answers.strangers)) or not patience.pause():
                 return answers
 
     def inquire(self, names: Collection[str], command: str) -> dict[str, list[Any]]:

@@ -13,6 +13,8 @@ import psycopg
 import pytest
 from celery import chord
 
+from patchpilot.backend.message import Message
+from patchpilot.clock import SYSTEM
 from patchpilot.errors import Transient
 from patchpilot.lab.processes import until
 from patchpilot.lab.roster import Roster
@@ -112,6 +114,31 @@ def test_while_postgresql_is_slow_nothing_is_touched(shop: Shop, recovery: Recov
     assert shop.ledger().count("total 3") == 1
 
 
+def test_a_header_that_is_being_pushed_is_left_to_its_producer(shop: Shop, recovery: Recovery) -> None:
+    """Written down as a whole, and then pushed one by one: the last of it is in nobody's hands for as long as that."""
+    pushed, went_on = threading.Event(), threading.Event()
+    push = Message.push
+
+    def slowly(self: Message, producer: object) -> None:
+        push(self, producer)
+        pushed.set()
+        SYSTEM.wait(went_on, 0.2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Message, "push", slowly)
+        header = [add.s(i, i) for i in range(100)]
+        producing = threading.Thread(target=chord(header, total.s()).apply_async)
+        producing.start()
+        pushed.wait(30)
+        assert recovery.recover(NOW) == ()
+        went_on.set()
+        producing.join()
+    shop.worker("-c", "2")
+    shop.await_line("total 9900")
+    assert recovery.recover(NOW) == ()
+    assert len([line for line in shop.ledger() if line.startswith("add ")]) == 100
+
+
 def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(
     lab_roster: Roster, tmp_path: Path, migrated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +155,7 @@ def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(
         shop_on(lab_roster, tmp_path, node.url, migrated, monkeypatch) as shop,
         Recovery(Site(shop.broker, shop.dsn)) as recovery,
     ):
-        result = add.apply_async((1, 1))
+        result = add.apply_async((1, 1), ignore_result=True)
         node.ask(lambda client: client.delete("celery"))
         assert [it.id for it in recovery.survey(NOW)] == [result.id]
         monkeypatch.setattr(Asking, "ask", late)
