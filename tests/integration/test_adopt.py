@@ -36,7 +36,6 @@ class Stock:
 
     def __init__(self, shop: Shop) -> None:
         self.app = Celery("stock", broker=shop.broker, backend=shop.broker, set_as_current=False)
-        self.app.backend.on_task_call = lambda *_: None  # nobody here waits for results, so none is subscribed to
         self._shop = shop
 
     def s(self, name: str, *args: Any, early: bool = False, **kwargs: Any) -> Signature:
@@ -55,6 +54,9 @@ class Stock:
         worker.stop()
 
     def close(self) -> None:
+        consumer = self.app.backend.result_consumer
+        consumer.subscribed_to.clear()  # results that are forgotten later would unsubscribe, from a server that is gone
+        consumer.stop()
         self.app.backend.client.connection_pool.disconnect()
         self.app.close()
 

@@ -146,8 +146,8 @@ def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(
     node.start()
     ask = Asking.ask
 
-    def late(self: Asking, *args: object) -> object:
-        answers = ask(self, *args)  # type: ignore[arg-type]
+    def late(self: Asking, *args: object, **options: object) -> object:
+        answers = ask(self, *args, **options)  # type: ignore[arg-type]
         node.stop()
         return answers
 
