@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow crash-matrix soak-kill celery-suite matrix bench lint format docs clean help
+.PHONY: demo test test-slow crash-matrix soak-kill soak-healthy celery-suite matrix bench lint format docs clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -30,6 +30,9 @@ crash-matrix: $(STAMP)  ## every scenario, the pilot killed at every entry of it
 
 soak-kill: $(STAMP)  ## kill the pilot in real labs at random moments, more than twenty times
 	$(BIN)/python -m pytest -m soak
+
+soak-healthy: $(STAMP)  ## recovery beside 10,000 healthy chords, and no remedy; a quarter of an hour. HEALTHY_CHORDS=n
+	$(BIN)/python -m pytest -m healthy
 
 celery-suite: $(STAMP)  ## Celery's own integration tests on stock Redis and on ours, by name; half an hour. ARGS=--help
 	$(BIN)/python -m tests.celery_suite $(ARGS)

@@ -135,6 +135,9 @@ class Recovery(_Section):
     max_age: Duration = timedelta(hours=24)
     claim_lease: Duration = timedelta(seconds=30)
     """How long a recovery may take to join one chord's results and publish its callback before another may."""
+    dead_after: Duration = timedelta(minutes=1)
+    """A worker that gave no sign of life for this long counts as dead, and what it had as lost. A machine that is
+    frozen for longer than this and comes back may run again what was sent again meanwhile."""
 
 
 class Purge(_Section):
@@ -149,6 +152,10 @@ class Celery(_Section):
 
     accept_content: tuple[str, ...] = ("json",)
     """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
+    results: SecretStr | None = None
+    """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
+    results_prefix: str = ""
+    """``global_keyprefix`` of the result backend transport options, if the application sets one."""
 
 
 class Cluster(_Section):
@@ -227,7 +234,15 @@ class Settings(BaseSettings):
                 f"cluster {name!r} has no endpoint: set clusters.{name}.endpoint in the configuration file "
                 f"or PATCHPILOT_CLUSTERS__{name.upper()}__ENDPOINT"
             )
-        return _readable_endpoint(secret.get_secret_value(), name)
+        return _readable_endpoint(secret.get_secret_value(), f"clusters.{name}.endpoint")
+
+    def results_endpoint(self) -> str:
+        """The URL of the Valkey of the application's result backend; empty if that is the broker.
+
+        :raises Usage: if it is malformed.
+        """
+        url = self.celery.results.get_secret_value() if self.celery.results else ""
+        return _readable_endpoint(url, "celery.results") if url else ""
 
 
 def _readable_dsn(dsn: str) -> str:
@@ -248,7 +263,7 @@ def _readable_endpoint(url: str, name: str) -> str:
         good = False
     if not good:
         raise Usage(
-            f"clusters.{name}.endpoint is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
+            f"{name} is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
             "and percent-encode special characters of the password"
         )
     return url

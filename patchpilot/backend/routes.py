@@ -21,7 +21,12 @@ _RECORDED = ("priority", "serializer", "compression", "delivery_mode", "exchange
 
 def routes(app: Celery, callback: Signature) -> dict[str, dict[str, Any]]:
     """For each task in ``callback``: the options it would be published with, by task name."""
-    return {name: _route(app, name) for name in sorted(set(_task_names(app, callback)))}
+    return {name: _route(app, name) for name in task_names(app, callback)}
+
+
+def task_names(app: Celery, callback: Signature) -> list[str]:
+    """The tasks in ``callback``, by name."""
+    return sorted(set(_task_names(app, callback)))
 
 
 _recorded: ContextVar[dict[str, dict[str, Any]]] = ContextVar("patchpilot_routes", default={})  # noqa: B039 - never changed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
@@ -17,6 +18,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis, virtual
 from kombu.utils.eventio import READ, poll
 from kombu.utils.functional import dictfilter
+from kombu.utils.json import dumps
 from kombu.utils.url import as_url, parse_url
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
@@ -43,6 +45,20 @@ def with_defaults(options: Mapping[str, Any] | None) -> dict[str, Any]:
 _LOST = (RedisConnectionError, RedisTimeoutError, OSError)
 
 _KOMBU_CHECKS = hasattr(redis.MultiChannelPoller, "maybe_check_brpop_health")
+
+
+_listeners: ContextVar[list[int] | None] = ContextVar("patchpilot_listeners", default=None)
+
+
+@contextmanager
+def counting_listeners() -> Iterator[list[int]]:
+    """Inside, the list that this gives holds how many clients of the broker the last broadcast reached, by topic."""
+    count: list[int] = []
+    token = _listeners.set(count)
+    try:
+        yield count
+    finally:
+        _listeners.reset(token)
 
 
 class Refused(OperationalError, ResponseError):
@@ -134,6 +150,16 @@ class Channel(redis.Channel):  # type: ignore[misc]
             raise RedisConnectionError("the channel was closed before the message was published")
         with _refusals():
             return super().basic_publish(*args, **kwargs)
+
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **options: Any) -> None:
+        listeners = _listeners.get()
+        if listeners is None:
+            super()._put_fanout(exchange, message, routing_key, **options)
+            return
+        # Since kombu 5.7 there may be several.
+        topics = getattr(self, "_get_publish_topics", lambda *names: [self._get_publish_topic(*names)])
+        with self.conn_or_acquire() as client:
+            listeners[:] = [client.publish(topic, dumps(message)) for topic in topics(exchange, routing_key)]
 
     def _connparams(self, *args: Any, **kwargs: Any) -> Any:
         if self.connection is None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from patchpilot.cli import housekeeping
 from patchpilot.cli.console import (
     ClusterOption,
     ConfigOption,
@@ -40,6 +41,9 @@ def site(settings: Settings, cluster: str) -> Site:
         key_prefix=settings.cluster(cluster).key_prefix,
         accept_content=settings.celery.accept_content,
         claim_lease=settings.recovery.claim_lease,
+        dead_after=settings.recovery.dead_after,
+        results=settings.results_endpoint(),
+        results_prefix=settings.celery.results_prefix,
     )
 
 
@@ -77,6 +81,19 @@ def recover(
             "--plan", metavar="FILE", help="Do exactly what this dry run's JSON says, as far as it is still so."
         ),
     ] = None,
+    strays: Annotated[
+        str | None,
+        typer.Option(
+            "--strays",
+            metavar="IDLE",
+            help="Instead, remove the keys of chords that are on no record and that nobody has touched for so long. "
+            "A chord of Celery's own backend touches its keys with each part: longer than your longest task.",
+        ),
+    ] = None,
+    adopt: Annotated[
+        bool,
+        typer.Option("--adopt", help="Instead, take over the chords that Celery's own Redis backend has begun."),
+    ] = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Find what a failover lost (stuck chords, lost callbacks, lost task messages) and re-create exactly that, once.
@@ -87,8 +104,20 @@ def recover(
 
     To decide first and act later: `recover --dry-run --output json > plan.json`, read it, `recover --plan plan.json`.
     What is in the plan is looked for again; what is no longer so is listed, and left alone.
+
+    `recover --strays 48h` and `recover --adopt` do something else in place of this, once in a while; `--dry-run` shows
+    what. See docs/adopting.md.
     """
     settings = read_settings(config)
+    if strays is not None or adopt:
+        if (strays is not None and adopt) or min_age or max_age or only or plan or assume_lost:
+            raise Usage("--strays and --adopt each go with --dry-run, --cluster and --output only")
+        where = site(settings, the_broker(settings, cluster))
+        if adopt:
+            housekeeping.adopt(where, output, dry_run=dry_run)
+        else:
+            housekeeping.strays(where, duration(strays, timedelta(), "--strays"), output, dry_run=dry_run)
+        return
     window = _window(settings, min_age, max_age)
     kinds = _kinds(only)
     if dry_run and (plan or assume_lost):

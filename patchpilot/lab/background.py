@@ -60,6 +60,7 @@ verify_timeout = "60s"
 
 [recovery]
 min_age = "0s"
+dead_after = "10s"
 max_age = "24h"
 
 [clusters.broker]

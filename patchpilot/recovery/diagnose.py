@@ -66,6 +66,11 @@ CHORDS: tuple[Rule[Header], ...] = (
         "a process has claimed the chord, and its lease is not over", report=False,
     ),
     Rule(
+        "finishing", lambda it: it.chord.finishing, Remedy.NONE,
+        "a worker still runs the task of the part that came last, and finishes the chord when it is done",
+        "all parts have returned; a worker still has the task of the last one", report=False,
+    ),
+    Rule(
         "shadow", lambda it: it.chord.shadow and it.complete, Remedy.NONE,
         "all {total} parts are in PostgreSQL and its callback is not out; in shadow mode it is only watched",
         "sent in shadow mode; all parts have returned",
@@ -158,6 +163,11 @@ MESSAGES: tuple[Rule[Message], ...] = (
         "unknown", lambda it: it.where is Where.UNKNOWN, Remedy.NONE,
         "{task_name} is in no queue, but a worker that is alive does not answer: it may have it",
         "it is in no queue, and a worker that gives a sign of life did not say what it has",
+    ),
+    Rule(
+        "revoked", lambda it: it.where is Where.REVOKED, Remedy.NONE,
+        "the message of {task_name} was lost, and somebody had revoked it: it is not sent again",
+        "it is in no queue, no living worker has it, and a worker remembers that it was revoked",
     ),
     Rule(
         "expired", lambda it: it.expired, Remedy.NONE,

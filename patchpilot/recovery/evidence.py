@@ -3,30 +3,39 @@
 A message changes hands all the time: from the outbox to a queue, to a worker, to its end. So that one that is between
 two hands is not taken for lost, the order matters: the outbox first, then the broker, then the workers, then the
 broker and the outbox again. What was in nobody's hands in both looks, and is still in the outbox, is nowhere.
+
+Why two looks are enough: between two hands a message is for as long as one reply travels. It is longer in two places,
+and both are asked. A reply that a worker has not read stays in its socket, where the worker looks when it is asked; and
+a chord that is complete is finished by the worker of its last part, which runs that part's task until it has done so.
+What a producer has written down and not yet pushed is in no hands at all. While it pushes, the messages of its dispatch
+appear one by one; a producer that has stopped to do so is told from one that died only by the window's age.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
 from celery import Celery
 
-from patchpilot.backend.holdings import COMMAND
 from patchpilot.clock import Clock
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.findings import Window
-from patchpilot.valkey.broker import Broker
+from patchpilot.recovery.hands import Hands, ask, queues_of
+from patchpilot.valkey.broker import Broker, Holdings
 from patchpilot.workers.asking import Asking
 
 SQL = queries("recovery")
 
 INTERRUPTED_AFTER = timedelta(seconds=10)
 """A worker stores a task's result and then returns its part. If that takes longer than this, it was interrupted."""
+
+PATIENCE = timedelta(minutes=1)
+"""How long a chord that is complete is left to a worker that does not answer."""
 
 
 class Where(StrEnum):
@@ -39,7 +48,9 @@ class Where(StrEnum):
     """Taken by a worker that no longer has it: the broker gives it back after the visibility timeout."""
     NOWHERE = "nowhere"
     UNKNOWN = "unknown"
-    """In nobody's hands that answered, but a worker that is alive did not answer."""
+    """In nobody's hands that answered, but somebody did not, or cannot tell."""
+    REVOKED = "revoked"
+    """Nowhere, and somebody revoked its task."""
     ENDED = "ended"
     """Its task has ended; only the outbox does not know."""
 
@@ -62,6 +73,8 @@ class Message:
     """Its delivery tag, if it is unacknowledged."""
     shadow: bool = False
     """It was only watched."""
+    taken: float | None = None
+    """When it was taken, by the clock of whoever did, if it is unacknowledged."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,8 @@ class Chord:
     """Why its callback is not on record."""
     shadow: bool = False
     """It was only watched: Celery's own backend counts and dispatches it."""
+    finishing: bool = False
+    """A worker is at it: it runs the task whose part came last, or whose end is on record and whose part is not."""
 
 
 @dataclass(frozen=True)
@@ -127,50 +142,86 @@ class Collector:
         asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
         chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
         rows = self._database.fetch(SQL["messages"], span)
-        messages, answered, silent = self._locate(rows, assume_lost)
-        return Evidence(chords, messages, answered, silent)
-
-    def _locate(self, rows: list[Row], assume_lost: bool) -> tuple[tuple[Message, ...], frozenset[str], frozenset[str]]:
-        if not rows:
-            return (), frozenset(), frozenset()
+        at_the_end = self._at_the_end(chords)
         first = self._holdings(rows)
         unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
-        if not unseen:
-            return tuple(_message(row, _settled(row), None) for row in rows), frozenset(), frozenset()
-        held, answered, silent = self._ask({row["message_id"] for row in unseen})
-        second = self._holdings(rows)
-        still = self._still_there(unseen)
+        if not unseen and not at_the_end:
+            return Evidence(chords, tuple(_message(row, _settled(row)) for row in rows))
+        hands = self._ask(unseen, at_the_end)
+        messages = self._locate(rows, unseen, first, hands, assume_lost)
+        chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
+        return Evidence(chords, messages, hands.answered, hands.silent)
+
+    def _locate(
+        self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, assume_lost: bool
+    ) -> tuple[Message, ...]:
+        second = self._holdings(rows) if unseen else first
+        still = self._still_there(unseen) if unseen else set()
+        pushing = {_dispatch(row) for row in unseen if _appeared(row["message_id"], first, second, hands)}
         found = []
         for row in rows:
             key = row["message_id"]
-            tag = second.unacked.get(key)
             if row["ended"] or key in first.queued or key in second.queued:
                 where = _settled(row)
-            elif key in held or row["running"] or key not in still:
+            elif key in hands.messages or row["task_id"] in hands.tasks or row["running"] or key not in still:
                 where = Where.HELD
-            elif (key in first.unacked) != (key in second.unacked):
+            elif first.taken.get(key) != second.taken.get(key) or (key in first.unacked) != (key in second.unacked):
                 where = Where.HELD  # it moved between the two looks, so somebody is at it
-            elif silent and not assume_lost:
+            elif _dispatch(row) in pushing:
+                where = Where.HELD  # its producer is at it: others of its dispatch have just been pushed
+            elif hands.may_have(row) and not assume_lost:
                 where = Where.UNKNOWN
+            elif key in second.unacked:
+                where = Where.ABANDONED
             else:
-                where = Where.ABANDONED if tag else Where.NOWHERE
-            found.append(_message(row, where, tag))
-        return tuple(found), answered, silent
+                where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
+            found.append(_message(row, where, second))
+        return tuple(found)
 
-    def _holdings(self, rows: Iterable[Row]) -> Any:
-        queues = {row["queue"] or row["routing_key"] for row in rows}
+    def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:
+        """Chords that a worker may be finishing right now: group id -> the tasks that it would be running."""
+        asked = [it.group_id for it in chords if not it.claimed and (it.returned == it.total or it.ended)]
+        found: dict[str, set[str]] = {}
+        for row in self._database.fetch(SQL["last_parts"], {"group_ids": asked}) if asked else ():
+            found.setdefault(row["group_id"], set()).add(row["task_id"])
+        return found
+
+    def _holdings(self, rows: Iterable[Row]) -> Holdings:
+        queues = {queue for row in rows for queue in queues_of(row)}
+        if not queues:
+            return Holdings(frozenset(), {})
         return self._broker.holdings(queues, {row["exchange"] for row in rows if row["exchange"]})
 
     def _still_there(self, rows: list[Row]) -> set[str]:
         params = {"message_ids": [row["message_id"] for row in rows], "resends": [row["resends"] for row in rows]}
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
-    def _ask(self, message_ids: set[str]) -> tuple[set[str], frozenset[str], frozenset[str]]:
-        """Which of these messages some worker has, which workers answered, and which are alive and did not."""
+    def _ask(self, unseen: Iterable[Row], at_the_end: Mapping[str, set[str]]) -> Hands:
         asking = Asking(self._database, self._app, self._clock, self._stale)
-        answers = asking.ask(COMMAND, {"message_ids": sorted(message_ids)})
-        held = {message_id for answer in answers.by_instance.values() for message_id in answer["held"]}
-        return held, frozenset(answers.by_instance), frozenset(answers.silent)
+        message_ids = {row["message_id"] for row in unseen}
+        task_ids = {row["task_id"] for row in unseen}.union(*at_the_end.values())
+        return ask(asking, message_ids, task_ids)
+
+
+def _dispatch(row: Row) -> tuple[Any, ...]:
+    """What was written down at once was sent by one process, one after the other."""
+    return row["group_id"] or row["message_id"], row["sent_at"], row["resends"]
+
+
+def _appeared(message_id: str, first: Holdings, second: Holdings, hands: Hands) -> bool:
+    """Whether a message that was nowhere in the first look is somewhere in the second."""
+    before = message_id in first.queued or message_id in first.unacked
+    return not before and (message_id in second.queued or message_id in second.unacked or message_id in hands.messages)
+
+
+def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, assume_lost: bool) -> bool:
+    tasks = at_the_end.get(chord.group_id)
+    if tasks is None:
+        return False
+    if tasks & hands.active:
+        return True
+    # Nobody is kept from finishing it but by the claim, so a worker that does not answer is waited for, not for ever.
+    return not hands.complete and not assume_lost and chord.age < PATIENCE
 
 
 def _settled(row: Row) -> Where:
@@ -185,6 +236,10 @@ def _chord(row: Row) -> Chord:
     return Chord(callback=row["callback_name"], **{name: row[name] for name in names})
 
 
-def _message(row: Row, where: Where, tag: str | None) -> Message:
+def _message(row: Row, where: Where, holdings: Holdings | None = None) -> Message:
     names = ("message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at", "shadow")
-    return Message(where=where, expired=bool(row["expired"]), tag=tag, **{name: row[name] for name in names})
+    key = row["message_id"]
+    tag, taken = (holdings.unacked.get(key), holdings.taken.get(key)) if holdings else (None, None)
+    return Message(
+        where=where, expired=bool(row["expired"]), tag=tag, taken=taken, **{name: row[name] for name in names}
+    )

@@ -154,7 +154,7 @@ class Remedies:
             return []
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
         with _broker_errors():
-            self._requeue([tag for key in taken if (tag := messages[key].tag) is not None])
+            self._requeue([messages[key] for key in taken if messages[key].tag is not None])
             self._publish([row for key, row in taken.items() if messages[key].tag is None])
         return _distinct(of[key] for key in taken)
 
@@ -186,13 +186,18 @@ class Remedies:
                     **json.loads(row["properties"]),
                 )
 
-    def _requeue(self, tags: Sequence[str]) -> None:
-        """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one."""
-        if not tags:
+    def _requeue(self, abandoned: Sequence[Message]) -> None:
+        """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
+        Not what somebody has taken since it was looked at."""
+        if not abandoned:
             return
         with self._app_for("json").connection_for_write() as connection:
-            for tag in tags:
-                connection.default_channel.qos.restore_by_tag(tag)
+            channel = connection.default_channel
+            for message in abandoned:
+                # zscore is none of the commands that kombu puts its prefix before.
+                taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
+                if taken == message.taken:
+                    channel.qos.restore_by_tag(message.tag)
 
     def _note(self, connection: Connection, findings: Sequence[Finding]) -> None:
         names = ("kind", "id", "diagnosis", "remedy", "callback", "reason")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self
 
 from celery import Celery
 
-from patchpilot.backend.heartbeat import STALE
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Database, Row
@@ -17,8 +17,10 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
+from patchpilot.recovery.housekeeping import servers
 from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
+from patchpilot.recovery.strays import sweep_up
 from patchpilot.valkey.broker import Broker
 from patchpilot.workers.application import Site, application
 from patchpilot.workers.canaries import purge
@@ -43,7 +45,8 @@ class Recovery:
 
     Any number of recoveries may run at once, beside workers: each remedy is guarded by a row that one of them gets.
 
-    :param stale: a worker that gave no sign of life for this long counts as dead. At least twice the heartbeat's pause.
+    :param stale: a worker that gave no sign of life for this long counts as dead. At least twice the heartbeat's pause;
+        what the site says by default.
     :param complain: told about a finding that could not be remedied, and why; the pass goes on with the next one.
     """
 
@@ -52,16 +55,17 @@ class Recovery:
         site: Site,
         *,
         clock: Clock = SYSTEM,
-        stale: timedelta = STALE,
+        stale: timedelta | None = None,
         complain: Callable[[Finding, PatchpilotError], None] = lambda _finding, _error: None,
     ) -> None:
         self._site = site
         self._database = Database(site.dsn, clock=clock)
         self._broker = Broker(site.endpoint, site.key_prefix)
+        self._servers = servers(site)
         self._apps: dict[str, Celery] = {}
         self._clock = clock
         self._complain = complain
-        self._stale = stale
+        self._stale = site.dead_after if stale is None else stale
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +76,8 @@ class Recovery:
     def close(self) -> None:
         """Close all connections."""
         self._broker.close()
+        for server in self._servers:
+            server.close()
         self._database.close()
         for app in self._apps.values():
             app.backend.client.connection_pool.disconnect()
@@ -124,6 +130,8 @@ class Recovery:
         outwards = plan is None and "chord" in only
         for start in range(0, len(curable), BATCH):
             done += self._try(remedies, curable[start : start + BATCH], messages, outwards=outwards)
+        with suppress(Transient):  # a later pass finds what is left
+            sweep_up(self._database, self._servers, window.min_age)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +33,35 @@ class Holdings:
     queued: frozenset[str]
     unacked: dict[str, str]
     """Message id -> delivery tag."""
+    taken: dict[str, float] = field(default_factory=dict)
+    """Message id -> when it was taken, by the clock of the worker that did."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One message as the broker has it."""
+
+    key: str
+    """Of the list that it is in, or of the unacknowledged."""
+    queue: str | None
+    """None if it is unacknowledged."""
+    raw: bytes
+    message: dict[str, Any]
+    tag: str | None = None
+    """Its delivery tag, if it is unacknowledged."""
+
+
+# True also for what has been replaced like this before.
+_REPLACE = """
+if ARGV[3] ~= '' then
+    local found = redis.call('HGET', KEYS[1], ARGV[3])
+    if found == ARGV[1] then redis.call('HSET', KEYS[1], ARGV[3], ARGV[2]) end
+    return (found == ARGV[1] or found == ARGV[2]) and 1 or 0
+end
+local place = redis.call('LPOS', KEYS[1], ARGV[1])
+if place then redis.call('LSET', KEYS[1], place, ARGV[2]) end
+return (place or redis.call('LPOS', KEYS[1], ARGV[2])) and 1 or 0
+"""
 
 
 class Broker:
@@ -58,9 +87,52 @@ class Broker:
         try:
             names = set(queues).union(*(self._bound(exchange) for exchange in exchanges))
             queued = frozenset(found for name in sorted(names) for found in self._queued(name))
-            return Holdings(queued, dict(self._unacked()))
+            taken = {tag: float(at) for tag, at in self._taken()}
+            unacked = dict(self._unacked())
+            return Holdings(queued, unacked, {key: taken[tag] for key, tag in unacked.items() if tag in taken})
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+
+    def declared(self) -> set[str]:
+        """The queues that somebody has declared and bound to an exchange.
+
+        :raises Transient: if the broker cannot be read.
+        """
+        try:
+            bindings = [key.decode() for key in self._client.scan_iter(f"{self._prefix}_kombu.binding.*", count=_CHUNK)]
+            exchanges = [key.removeprefix(f"{self._prefix}_kombu.binding.") for key in bindings]
+            return set[str]().union(*(self._bound(exchange) for exchange in exchanges))
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+
+    def messages(self, queues: Iterable[str]) -> Iterator[Delivery]:
+        """Every message in ``queues``, and every one that is unacknowledged, as it is.
+
+        :raises Transient: if the broker cannot be read.
+        """
+        try:
+            for queue in sorted(queues):
+                for name in self._lists(queue):
+                    yield from (Delivery(name, queue, raw, json.loads(raw)) for raw in self._all(name))
+            for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
+                message, _exchange, _routing_key = json.loads(raw)
+                yield Delivery(f"{self._prefix}unacked", None, raw, message, tag.decode())
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+
+    def replace(self, delivery: Delivery, message: dict[str, Any]) -> bool:
+        """Put ``message`` in the place of one that was read. False if that is not there any more.
+
+        :raises Transient: if the broker cannot be reached.
+        """
+        place, new = delivery.tag or "", json.dumps(message)
+        if delivery.tag is not None:
+            _, exchange, routing_key = json.loads(delivery.raw)
+            new = json.dumps([message, exchange, routing_key])
+        try:
+            return bool(self._client.eval(_REPLACE, 1, delivery.key, delivery.raw, new, place))
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be reached: {error}") from error
 
     def depth(self, queue: str) -> tuple[int, str]:
         """How many messages are in ``queue``, and a digest of those next in turn: the oldest of each priority.
@@ -118,15 +190,22 @@ class Broker:
 
     def _queued(self, queue: str) -> Iterator[str]:
         for name in self._lists(queue):
-            start = 0
-            # From the newest on: those that arrive meanwhile move the rest down; some are read twice, none is missed.
-            while chunk := self._chunk(name, start):
-                yield from (found for raw in chunk if (found := _message_id(json.loads(raw))))
-                start += len(chunk)
+            yield from (found for raw in self._all(name) if (found := _message_id(json.loads(raw))))
+
+    def _all(self, name: str) -> Iterator[bytes]:
+        start = 0
+        # From the newest on: those that arrive meanwhile move the rest down; some are read twice, none is missed.
+        while chunk := self._chunk(name, start):
+            yield from chunk
+            start += len(chunk)
 
     def _chunk(self, name: str, start: int) -> list[bytes]:
         chunk: Any = self._client.lrange(name, start, start + _CHUNK - 1)
         return list(chunk)
+
+    def _taken(self) -> Iterator[tuple[str, float]]:
+        for tag, at in self._client.zscan_iter(f"{self._prefix}unacked_index", count=_CHUNK):
+            yield tag.decode(), at
 
     def _unacked(self) -> Iterator[tuple[str, str]]:
         for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from celery import Celery, _state
 
 from patchpilot.backend.backend import Backend
+from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 
@@ -32,6 +33,12 @@ class Site:
     key_prefix: str = ""
     accept_content: tuple[str, ...] = ("json",)
     claim_lease: timedelta = timedelta(seconds=30)
+    results: str = ""
+    """URL of the Valkey of the application's result backend, if that is another one."""
+    results_prefix: str = ""
+    """The ``global_keyprefix`` of its result backend transport options."""
+    dead_after: timedelta = STALE
+    """A worker that gave no sign of life for this long counts as dead, and what it had as lost."""
 
 
 def application(site: Site, serializer: str = "json") -> Celery:
@@ -42,7 +49,8 @@ def application(site: Site, serializer: str = "json") -> Celery:
     app.conf.update(
         broker_url=endpoint,
         broker_transport=TRANSPORT,
-        result_backend=f"patchpilot+{endpoint}",
+        result_backend=f"patchpilot+{_verified(site.results) if site.results else endpoint}",
+        result_backend_transport_options={"global_keyprefix": site.results_prefix} if site.results_prefix else {},
         patchpilot_postgres=site.dsn,
         patchpilot_claim_lease=site.claim_lease,
         patchpilot_postgres_budget=10.0,

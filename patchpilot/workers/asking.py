@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,8 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from patchpilot.backend.heartbeat import EVERY
+from patchpilot.backend.heartbeat import EVERY, STALE
+from patchpilot.backend.transport import counting_listeners
 from patchpilot.clock import Backoff, Clock
 from patchpilot.errors import Transient
 from patchpilot.postgres.connection import Database
@@ -32,6 +34,8 @@ class Answers:
     """Names of workers that do not know the question: another version of patchpilot, or none."""
     silent: dict[str, str] = field(default_factory=dict)
     """Those that are alive and did not answer, or not as one that knows the question: instance -> name."""
+    strangers: int = 0
+    """How many more heard the question and said nothing: without patchpilot nothing else tells of them."""
 
 
 class Asking:
@@ -46,40 +50,88 @@ class Asking:
         self._clock = clock
         self._stale = stale
 
-    def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Answers:
+    def ask(self, command: str, arguments: Mapping[str, Any] | None = None, *, everybody: bool = False) -> Answers:
         """Ask every worker.
 
         One that does not answer is waited for until it answers or has not been heard of for so long that it counts as
         dead; one that lives on in silence is busy, or cut off from the broker. Workers go by instance, because two of
         them may have the same name; what does not know the question has only its name.
 
+        :param everybody: wait as well for those of whom nothing is known but that they listen.
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
         answers = Answers()
-        patience = Backoff(self._clock, (self._stale + EVERY).total_seconds(), first=0.5)
+        # Who counts as dead only much later is not waited for until then: what it may have is unknown.
+        patience = Backoff(self._clock, (min(self._stale, STALE) + EVERY).total_seconds(), first=0.5)
         while True:
-            self._broadcast(command, dict(arguments or {}), answers)
+            heard = self._broadcast(command, dict(arguments or {}), answers)
             alive = self.alive()
             answers.silent = {key: alive[key] for key in alive.keys() - answers.by_instance}
-            if answers.puzzled.issuperset(answers.silent.values()) or not patience.pause():
+            answers.strangers = heard.unaccounted(alive)
+            settled = answers.puzzled.issuperset(answers.silent.values())
+            if (settled and not (everybody and answers.strangers)) or not patience.pause():
                 return answers
+
+    def inquire(self, names: Collection[str], command: str) -> dict[str, list[Any]]:
+        """What the workers called ``names`` answer to one of Celery's own questions, by name: two may have the same.
+
+        :raises Transient: the broker cannot be reached.
+        """
+        with self._away(), self._app.connection_for_write() as connection:
+            replies = self._app.control.broadcast(
+                command, reply=True, timeout=ASK_SECONDS, destination=sorted(names), limit=None, connection=connection
+            )
+        found: dict[str, list[Any]] = {}
+        for name, answer in _answers(replies):
+            found.setdefault(name, []).append(answer)
+        return found
 
     def alive(self) -> dict[str, str]:
         """The workers that give a sign of life: instance -> name."""
         rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
         return {row["instance"]: row["name"] for row in rows if row["alive"]}
 
-    def _broadcast(self, command: str, arguments: dict[str, Any], answers: Answers) -> None:
-        try:
-            # A connection of its own each time: a pooled one may lead to where the primary was.
-            with self._app.connection_for_write() as connection:
-                replies = self._app.control.broadcast(
-                    command, arguments=arguments, reply=True, timeout=ASK_SECONDS, connection=connection
-                )
-        except (OperationalError, RedisError, OSError) as error:
-            raise Transient(f"the workers cannot be asked, the broker is away: {error}") from error
-        for name, answer in ((name, answer) for reply in replies or () for name, answer in reply.items()):
+    def _broadcast(self, command: str, arguments: dict[str, Any], answers: Answers) -> _Heard:
+        # A connection of its own each time: a pooled one may lead to where the primary was.
+        with self._away(), counting_listeners() as listeners, self._app.connection_for_write() as connection:
+            replies = self._app.control.broadcast(
+                command, arguments=arguments, reply=True, timeout=ASK_SECONDS, connection=connection
+            )
+        heard = _Heard(sum(listeners))
+        for name, answer in _answers(replies):
+            heard.replies += 1
             if isinstance(answer, dict) and "instance" in answer:
                 answers.by_instance[answer["instance"]] = answer
+                heard.instances.add(answer["instance"])
             else:
                 answers.puzzled.add(name)
+                heard.names.add(name)
+        return heard
+
+    @staticmethod
+    @contextmanager
+    def _away() -> Iterator[None]:
+        try:
+            yield
+        except (OperationalError, RedisError, OSError) as error:
+            raise Transient(f"the workers cannot be asked, the broker is away: {error}") from error
+
+
+@dataclass
+class _Heard:
+    """One round of asking: how many heard the question, and who answered."""
+
+    listeners: int
+    replies: int = 0
+    instances: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    """Of those whose answer does not say which instance they are."""
+
+    def unaccounted(self, alive: Mapping[str, str]) -> int:
+        """How many heard it that neither answered nor are known to live."""
+        silent = [key for key, name in alive.items() if key not in self.instances and name not in self.names]
+        return max(0, self.listeners - self.replies - len(silent))
+
+
+def _answers(replies: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, answer) for reply in replies or () for name, answer in reply.items())

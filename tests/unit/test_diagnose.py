@@ -36,6 +36,7 @@ def message(where: Where, **changes: object) -> Message:
 # One row of a table: the evidence that leads to it, which is not enough for any row above.
 OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Where]]] = {
     "being-dispatched": (Remedy.NONE, {"returned": 3, "messages": 0, "claimed": True, "claim_live": True}, []),
+    "finishing": (Remedy.NONE, {"returned": 3, "messages": 0, "finishing": True}, []),
     "shadow": (Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
     "shadow-at-work": (Remedy.NONE, {"messages": 0, "shadow": True}, []),
     "half-published": (Remedy.NONE, {"publish_error": "EncodeError"}, [Where.NOWHERE]),
@@ -57,6 +58,7 @@ OF_MESSAGES: dict[str, tuple[Remedy, Where, dict[str, object]]] = {
     "in-good-hands": (Remedy.NONE, Where.HELD, {}),
     "shadow": (Remedy.NONE, Where.NOWHERE, {"shadow": True}),
     "unknown": (Remedy.NONE, Where.UNKNOWN, {}),
+    "revoked": (Remedy.NONE, Where.REVOKED, {}),
     "expired": (Remedy.NONE, Where.NOWHERE, {"expired": True}),
     "abandoned": (Remedy.REQUEUE, Where.ABANDONED, {}),
     "message-lost": (Remedy.REPUBLISH, Where.NOWHERE, {}),

@@ -85,7 +85,8 @@ BEGIN
         routes = EXCLUDED.routes, result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure,
         opener = EXCLUDED.opener, generating = EXCLUDED.generating, counting = EXCLUDED.counting,
         shadow = EXCLUDED.shadow, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
-        size = 0, claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, finished_at = NULL
+        size = 0, claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, swept = false,
+        finished_at = NULL
     WHERE c.callback_id <> EXCLUDED.callback_id OR c.opener <> EXCLUDED.opener
     RETURNING c.xmax <> 0 INTO anew;
     IF anew IS NULL THEN

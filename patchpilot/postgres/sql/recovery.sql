@@ -65,6 +65,20 @@ CROSS JOIN LATERAL (
 WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
 ORDER BY o.sent_at, o.message_id
 
+-- name: last_parts
+-- The tasks that would finish these chords, or return a part to them: those that returned last, and those that ended
+-- without returning. Not more than a few of each: whoever finishes a chord is among the last.
+SELECT group_id, task_id FROM (
+    SELECT p.group_id, p.task_id, row_number() OVER (PARTITION BY p.group_id ORDER BY p.returned_at DESC NULLS FIRST) AS place
+    FROM patchpilot.chord_part p
+    JOIN patchpilot.chord c USING (group_id)
+    LEFT JOIN patchpilot.result r
+        ON p.state IS NULL AND r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+        AND r.stored_at >= c.created_at
+    WHERE p.group_id = ANY(%(group_ids)s) AND (p.state IS NOT NULL OR r.task_id IS NOT NULL)
+) part
+WHERE place <= 100
+
 -- name: still_there
 -- Which of these messages nobody has ended or sent again since they were looked at.
 SELECT o.message_id::text

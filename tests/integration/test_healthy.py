@@ -1,0 +1,166 @@
+"""What is healthy is never touched, whatever else is wrong: old, slow, frozen, or with a server that is away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from celery import chord
+
+from patchpilot.backend.message import Message
+from patchpilot.clock import SYSTEM
+from patchpilot.errors import Transient
+from patchpilot.lab.processes import until
+from patchpilot.lab.roster import Roster
+from patchpilot.lab.servers import ValkeyNode
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery import Applied, Recovery, Site, Window
+from patchpilot.workers.asking import Asking
+from tests.conftest import shop_on
+from tests.support.processes import Shop
+from tests.support.shop import add, hold, total
+
+pytestmark = pytest.mark.backend
+
+NOW = Window(min_age=timedelta(0))
+
+
+@pytest.fixture
+def recovery(shop: Shop) -> Iterator[Recovery]:
+    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=60)) as opened:
+        yield opened
+
+
+def test_a_frozen_worker_keeps_what_it_has(shop: Shop, recovery: Recovery) -> None:
+    gate = shop.directory / "gate"
+    result = chord([hold.s(1, str(gate)), add.s(1, 1)], total.s()).apply_async()
+    worker = shop.worker("-c", "1", SHOP_ACKS_LATE="1")
+    shop.await_line("hold began")
+    os.killpg(worker.process.pid, signal.SIGSTOP)
+    try:
+        sweep = recovery.sweep(NOW)
+        assert sweep.applied == ()
+        assert {it.diagnosis for it in sweep.findings} == {"unknown"}
+    finally:
+        os.killpg(worker.process.pid, signal.SIGCONT)
+    until(lambda: recovery.survey(NOW) == (), seconds=60, what="the worker answered")
+    gate.touch()
+    assert result.get(timeout=30) == 3
+    assert sorted(shop.ledger()) == ["add 1 1", "hold began", "hold ended", "total 3"]
+
+
+def test_a_long_task_is_at_work_for_as_long_as_its_worker_lives(shop: Shop, recovery: Recovery) -> None:
+    """Its message is a month old, acknowledged, and in no queue. The chord is as old as its last progress."""
+    gate = shop.directory / "gate"
+    result = chord([hold.s(1, str(gate)), add.s(1, 1)], total.s()).apply_async()
+    shop.worker("-c", "2")
+    shop.await_line("hold began")
+    with Database(shop.dsn) as database:
+        until(
+            lambda: database.fetch("SELECT 1 FROM patchpilot.chord_part WHERE state IS NOT NULL") != [],
+            seconds=30, what="one part returned",
+        )  # fmt: skip
+        for column in ("outbox SET sent_at = sent_at", "chord SET created_at = created_at"):
+            database.execute(f"UPDATE patchpilot.{column} - interval '30 days'")  # type: ignore[arg-type]
+        wide = Window(timedelta(0), timedelta(days=60))
+        assert recovery.sweep(wide).applied == recovery.survey(wide) == ()
+        gate.touch()
+        assert result.get(timeout=30) == 3
+        assert recovery.sweep(wide).applied == ()
+
+
+def test_a_worker_that_is_about_to_finish_a_chord_is_left_to_it(shop: Shop, recovery: Recovery) -> None:
+    """PostgreSQL keeps it waiting: its last part is in, the task still runs, and the callback is not claimed."""
+    result = chord([add.s(1, 1)], total.s()).apply_async()
+    with psycopg.connect(shop.dsn) as connection, Database(shop.dsn) as database:
+        connection.execute("SELECT 1 FROM patchpilot.chord FOR UPDATE")
+        worker = shop.worker("-c", "1", SHOP_CLAIM_LEASE="300")
+        returned = "SELECT 1 FROM patchpilot.chord_part WHERE returned_at < now() - interval '5 seconds'"
+        until(lambda: database.fetch(returned) != [], seconds=30, what="its last part was in for a while")
+        assert recovery.sweep(NOW).applied == recovery.survey(NOW) == ()
+        worker.kill()
+        alive = "SELECT 1 FROM patchpilot.worker WHERE seen_at > now() - interval '4 seconds'"
+        until(lambda: database.fetch(alive) == [], seconds=30, what="the worker is not heard of any more")
+        with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as other:
+            [found] = other.survey(NOW)
+            assert (found.id, found.diagnosis) == (result.parent.id, "dispatch-lost")
+
+
+def test_while_postgresql_is_slow_nothing_is_touched(shop: Shop, recovery: Recovery) -> None:
+    gate = shop.directory / "gate"
+    result = chord([hold.s(1, str(gate)), add.s(1, 1)], total.s()).apply_async()
+    shop.worker("-c", "1")
+    shop.await_line("hold began")
+    applied: list[tuple[Applied, ...]] = []
+    with psycopg.connect(shop.dsn) as connection:
+        connection.execute("LOCK TABLE patchpilot.outbox, patchpilot.chord_part IN ACCESS EXCLUSIVE MODE")
+        sweeping = threading.Thread(target=lambda: applied.append(recovery.recover(NOW)))
+        sweeping.start()
+        gate.touch()
+        shop.await_line("hold ended")
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' HAVING count(*) >= 2"
+        with Database(shop.dsn) as database:
+            until(lambda: database.fetch(waiting) != [], seconds=30, what="the worker and recovery wait for it")
+    sweeping.join()
+    assert applied == [()]
+    assert result.get(timeout=30) == 3
+    assert recovery.recover(NOW) == ()
+    assert shop.ledger().count("total 3") == 1
+
+
+def test_a_header_that_is_being_pushed_is_left_to_its_producer(shop: Shop, recovery: Recovery) -> None:
+    """Written down as a whole, and then pushed one by one: the last of it is in nobody's hands for as long as that."""
+    pushed, went_on = threading.Event(), threading.Event()
+    push = Message.push
+
+    def slowly(self: Message, producer: object) -> None:
+        push(self, producer)
+        pushed.set()
+        SYSTEM.wait(went_on, 0.2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Message, "push", slowly)
+        header = [add.s(i, i) for i in range(100)]
+        producing = threading.Thread(target=chord(header, total.s()).apply_async)
+        producing.start()
+        pushed.wait(30)
+        assert recovery.recover(NOW) == ()
+        went_on.set()
+        producing.join()
+    shop.worker("-c", "2")
+    shop.await_line("total 9900")
+    assert recovery.recover(NOW) == ()
+    assert len([line for line in shop.ledger() if line.startswith("add ")]) == 100
+
+
+def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(
+    lab_roster: Roster, tmp_path: Path, migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ValkeyNode("goes-away", tmp_path, roster=lab_roster)
+    node.start()
+    ask = Asking.ask
+
+    def late(self: Asking, *args: object, **options: object) -> object:
+        answers = ask(self, *args, **options)  # type: ignore[arg-type]
+        node.stop()
+        return answers
+
+    with (
+        shop_on(lab_roster, tmp_path, node.url, migrated, monkeypatch) as shop,
+        Recovery(Site(shop.broker, shop.dsn)) as recovery,
+    ):
+        result = add.apply_async((1, 1), ignore_result=True)
+        node.ask(lambda client: client.delete("celery"))
+        assert [it.id for it in recovery.survey(NOW)] == [result.id]
+        monkeypatch.setattr(Asking, "ask", late)
+        with pytest.raises(Transient, match="cannot be read"):
+            recovery.recover(NOW)
+        with Database(shop.dsn) as database:
+            assert database.fetch("SELECT 1 FROM patchpilot.remedy") == []
+            assert database.fetch("SELECT resends FROM patchpilot.outbox") == [{"resends": 0}]

@@ -1,0 +1,163 @@
+"""Keys that chords leave in Valkey: those of chords that are over go, those of others stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import redis
+from celery import chord
+
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery import Recovery, Site, Window
+from patchpilot.recovery.housekeeping import Housekeeping
+from patchpilot.recovery.strays import Strays, decide, sweep_up
+from patchpilot.valkey.keys import SUFFIXES, ChordKeys, Keys
+from tests.integration.test_cli import config
+from tests.support.commands import patchpilot
+from tests.support.processes import Shop
+from tests.support.shop import add, total
+
+pytestmark = pytest.mark.backend
+
+NOTHING = timedelta(0)
+STEM = "celery-taskset-meta-"
+
+counts_in_valkey = pytest.mark.parametrize("counting", ["valkey"], indirect=True)
+
+
+@pytest.fixture
+def broker(shop: Shop) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(shop.broker) as client:
+        yield client
+
+
+def leave(client: redis.Redis, group_id: str, *, stem: str = STEM, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """All that Celery ever makes for a chord."""
+    for suffix in suffixes:
+        client.set(f"{stem}{group_id}{suffix}", 1, ex=86400)
+
+
+def left(client: redis.Redis) -> set[str]:
+    return {key.decode() for key in client.scan_iter(f"*{STEM}*")}
+
+
+@counts_in_valkey
+def test_keys_of_a_chord_that_is_over_go_and_those_of_an_open_one_stay(shop: Shop, broker: redis.Redis) -> None:
+    over = chord([add.s(1, 1)], total.s()).apply_async()
+    again = chord([add.s(2, 2)], total.s()).apply_async()
+    shop.worker("-c", "1")
+    assert (over.get(timeout=30), again.get(timeout=30)) == (2, 4)
+    waiting = chord([add.s(1, 1).set(queue="elsewhere")], total.s()).apply_async()
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.chord SET finished_at = finished_at - interval '1 hour'")
+        for group in (over, again, waiting):
+            leave(broker, group.parent.id)
+        # Touched meanwhile, as one that begins anew under its old id would be.
+        keys = ChordKeys(shop.broker)
+        assert sweep_up(database, [keys], NOTHING, timedelta(hours=1)) == 0
+        assert len(left(broker)) == 3 * len(SUFFIXES)
+        assert sweep_up(database, [keys], NOTHING, NOTHING) == 2 * (len(SUFFIXES) - 1)
+        # What the parts returned is left to expire, as Celery leaves it, and nobody looks a second time.
+        assert {key for key in left(broker) if waiting.parent.id not in key} == {
+            f"{STEM}{over.parent.id}.j", f"{STEM}{again.parent.id}.j",
+        }  # fmt: skip
+        leave(broker, over.parent.id)
+        assert sweep_up(database, [keys], NOTHING, NOTHING) == 0
+        keys.close()
+
+
+@counts_in_valkey
+def test_a_chord_that_begins_anew_is_looked_after_anew(shop: Shop) -> None:
+    frozen = chord([add.s(1, 1)], total.s())
+    frozen.freeze()
+    shop.worker("-c", "1")
+    with Database(shop.dsn) as database:
+        assert frozen.apply_async().get(timeout=30) == 2
+        database.execute("UPDATE patchpilot.chord SET swept = true")
+        frozen.apply_async()
+        assert database.fetch("SELECT swept FROM patchpilot.chord") == [{"swept": False}]
+
+
+def test_strays_are_reported_and_go_when_nobody_has_touched_them(shop: Shop, broker: redis.Redis) -> None:
+    waiting = chord([add.s(1, 1)], total.s()).apply_async()
+    leave(broker, waiting.parent.id)
+    for number in range(1200):
+        leave(broker, f"stray{number}", suffixes=(".s",))
+    leave(broker, "whole")
+    broker.set("celery-task-meta-1", "a result")
+    with Housekeeping(Site(shop.broker, shop.dsn)) as housekeeping:
+
+        def look(idle: timedelta | None, *, remove: bool = False) -> Strays:
+            return housekeeping.strays(idle, remove=remove)
+
+        assert not any(stray.goes for stray in look(timedelta(hours=1), remove=True).found)
+        assert not any(stray.goes for stray in look(None, remove=True).found)
+        found = look(NOTHING)
+        assert (len(found.found), found.keys, found.removed) == (1201, 1200 + len(SUFFIXES), 0)
+        [whole] = [stray for stray in found.found if stray.keys.group_id == "whole"]
+        assert (whole.goes, whole.keys.suffixes) == (True, SUFFIXES)
+        assert whole.keys.expires is not None
+        assert look(NOTHING, remove=True).removed == 1200 + len(SUFFIXES)
+        assert look(NOTHING).found == []
+    assert left(broker) == {f"{STEM}{waiting.parent.id}{suffix}" for suffix in SUFFIXES}
+    assert broker.get("celery-task-meta-1") == b"a result"
+
+
+def test_on_two_servers_and_under_a_prefix(shop: Shop, broker: redis.Redis) -> None:
+    results = shop.broker.removesuffix("/0") + "/5"
+    with redis.Redis.from_url(results) as other:
+        leave(other, "there", stem=f"a*b_{STEM}")
+        leave(broker, "here", stem=f"a*b_{STEM}")
+        leave(other, "not ours", stem=f"aXb_{STEM}")
+        with Housekeeping(Site(shop.broker, shop.dsn, results=results, results_prefix="a*b")) as housekeeping:
+            assert housekeeping.strays(NOTHING, remove=True).removed == 2 * len(SUFFIXES)
+        assert (left(broker), len(left(other))) == (set(), len(SUFFIXES))
+
+
+def test_what_began_anew_between_the_look_and_the_removal_stays(shop: Shop, broker: redis.Redis) -> None:
+    leave(broker, "anew")
+    keys = ChordKeys(shop.broker)
+    assert keys.remove("anew", timedelta(seconds=1)) == -1
+    assert len(left(broker)) == len(SUFFIXES)
+    keys.close()
+
+
+def test_which_keys_may_go() -> None:
+    def keys(idle: timedelta | None) -> Keys:
+        return Keys("g", (".s",), idle, None)
+
+    hour = timedelta(hours=1)
+    assert decide(keys(hour), {"g"}, NOTHING) is None
+    assert decide(keys(hour), (), hour) is True
+    assert decide(keys(hour), (), 2 * hour) is False
+    assert decide(keys(None), (), NOTHING) is False
+    assert decide(keys(hour), (), None) is False
+
+
+def test_the_command(shop: Shop, broker: redis.Redis) -> None:
+    leave(broker, "stray")
+    path = config(shop.directory, shop.dsn, shop.broker)
+    done = patchpilot("recover", "--strays", "0s", "--dry-run", "--config", path)
+    assert done.returncode == 0, done.stderr
+    assert "stray" in done.stdout
+    assert "6 keys of 1 chords" in done.stderr
+    assert len(left(broker)) == len(SUFFIXES)
+    done = patchpilot("recover", "--strays", "0s", "--output", "json", "--config", path)
+    assert json.loads(done.stdout)["removed"] == len(SUFFIXES)
+    assert left(broker) == set()
+    done = patchpilot("recover", "--strays", "0s", "--adopt", "--config", path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+@counts_in_valkey
+def test_a_sweep_looks_after_what_is_over(shop: Shop, broker: redis.Redis) -> None:
+    result = chord([add.s(1, 1)], total.s()).apply_async()
+    shop.worker("-c", "1")
+    assert result.get(timeout=30) == 2
+    with Database(shop.dsn) as database, Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        database.execute("UPDATE patchpilot.chord SET finished_at = finished_at - interval '1 hour'")
+        assert recovery.recover(Window(min_age=NOTHING)) == ()
+        assert database.fetch("SELECT swept FROM patchpilot.chord") == [{"swept": True}]

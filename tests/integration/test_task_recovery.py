@@ -1,0 +1,259 @@
+"""Tasks: which of them are lost, and which only look like it. On real servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+import redis
+from celery import chord
+from kombu import Exchange, Queue
+
+from patchpilot.clock import SYSTEM
+from patchpilot.lab.processes import until
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery import Finding, Recovery, Site, Window
+from patchpilot.recovery.findings import Kind
+from patchpilot.recovery.remedy import Remedies
+from tests.support.processes import Shop
+from tests.support.shop import add, app, hold, later, total
+
+pytestmark = pytest.mark.backend
+
+NOW = Window(min_age=timedelta(0))
+HOUR = 3600
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    return str(getattr(request, "param", ""))
+
+
+@pytest.fixture
+def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
+    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def broker(shop: Shop) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(shop.broker) as client:
+        yield client
+
+
+def ids(broker: redis.Redis, key: str) -> list[str]:
+    """The tasks whose messages are in a list, the next in turn first."""
+    return [json.loads(raw)["headers"]["id"] for raw in reversed(broker.lrange(key, 0, -1))]
+
+
+def told(findings: tuple[Finding, ...]) -> list[tuple[str, str, bool]]:
+    return [(it.id, it.diagnosis, it.curable) for it in findings]
+
+
+def test_what_waits_is_not_lost(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    """For its time, for a free hand, for its turn, for its retry: however long, nothing of it is touched."""
+    gate = shop.directory / "gate"
+    running = hold.apply_async((1, str(gate)))
+    shop.worker("-c", "1", SHOP_SETTINGS='{"worker_prefetch_multiplier": 2}')
+    shop.await_line("hold began")
+    waiting = [
+        add.apply_async((1, 1), countdown=HOUR),
+        add.apply_async((1, 2), eta=SYSTEM.now() + timedelta(days=1)),
+        add.apply_async((1, 3), priority=9),
+        *[add.apply_async((2, i)) for i in range(4)],
+    ]
+    until(lambda: broker.hlen("unacked") >= 3, seconds=30, what="the worker took what waits for its time")
+    # By the clock of a worker that is a day ahead.
+    [tag] = [tag for tag, raw in broker.hgetall("unacked").items() if waiting[0].id in raw.decode()]
+    broker.zincrby("unacked_index", 86400, tag)
+    with Database(shop.dsn) as database:  # a month old, too
+        database.execute("UPDATE patchpilot.outbox SET sent_at = sent_at - interval '30 days'")
+    assert recovery.sweep(Window(timedelta(0), timedelta(days=60))).applied == ()
+    assert recovery.survey(Window(timedelta(0), timedelta(days=60))) == ()
+    gate.touch()
+    assert running.get(timeout=30) == 1
+    for result in waiting[2:]:
+        result.get(timeout=30)
+    assert recovery.sweep(Window(timedelta(0), timedelta(days=60))).applied == ()
+    assert sorted(shop.ledger()) == sorted(["hold began", "hold ended", "add 1 3", *(f"add 2 {i}" for i in range(4))])
+
+
+@pytest.mark.parametrize("prefix", ["", "shop:"], indirect=True)
+def test_a_message_is_looked_for_where_it_was_sent_and_goes_back_there(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By priority, in a queue of its own, through a topic exchange, under a prefix."""
+    monkeypatch.setitem(app.conf, "broker_transport_options", {"global_keyprefix": prefix} if prefix else {})
+    topic = Queue("news", Exchange("papers", type="topic"), routing_key="news.#")
+    results = {
+        "celery": add.apply_async((1, 1)),
+        "celery\x06\x166": add.apply_async((1, 2), priority=6),
+        "celery\x06\x169": add.apply_async((1, 3), priority=9),
+        "slow lane": add.apply_async((1, 4), queue="slow lane"),
+        "slow lane\x06\x163": add.apply_async((1, 5), queue="slow lane", priority=3, countdown=HOUR),
+        "news": add.apply_async((1, 6), queue=topic, routing_key="news.today"),
+        "direct": add.apply_async((1, 7), routing_key="direct", exchange=Exchange("")),
+    }
+    places = {f"{prefix}{place}": [result.id] for place, result in results.items()}
+    assert {place: ids(broker, place) for place in places} == places
+    assert recovery.survey(NOW) == ()
+    for place in places:
+        broker.delete(place)
+    assert sorted(told(recovery.survey(NOW))) == sorted((it.id, "message-lost", True) for it in results.values())
+    assert len(recovery.recover(NOW)) == len(places)
+    assert {place: ids(broker, place) for place in places} == places
+    assert recovery.survey(NOW) == ()
+
+
+def test_expired_and_revoked_tasks_do_not_come_back(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    """A worker knows what is revoked only by itself, unless it wrote that down because it met the task."""
+    shop.worker("-c", "1")
+    revoked = str(uuid4())
+    app.control.revoke(revoked)
+    known = app.control.inspect(timeout=1)
+    until(lambda: revoked in str(known.revoked()), seconds=30, what="the worker heard of it")
+    add.apply_async((1, 1), task_id=revoked, queue="elsewhere")
+    expired = add.apply_async((1, 2), queue="elsewhere", expires=SYSTEM.now() - timedelta(seconds=1)).id
+    lost = add.apply_async((1, 3), queue="elsewhere").id
+    broker.delete("elsewhere")
+    assert sorted(told(recovery.survey(NOW))) == sorted([
+        (revoked, "revoked", False), (expired, "expired", False), (lost, "message-lost", True),
+    ])  # fmt: skip
+    assert [it.id for it in recovery.recover(NOW)] == [lost]
+    assert ids(broker, "elsewhere") == [lost]
+
+
+def test_of_a_queue_that_a_worker_without_patchpilot_consumes_nothing_is_called_lost(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """It leaves no sign of what it runs or has run. What it runs now it says; the rest it may have ended."""
+    gate = shop.directory / "gate"
+    shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker)
+    hold.apply_async((1, str(gate)))
+    add.apply_async((1, 1), countdown=HOUR)
+    shop.await_line("hold began")
+    until(lambda: broker.hlen("unacked") == 1, seconds=30, what="the other one waits for its time")
+    assert recovery.survey(NOW) == ()
+    here, there = add.apply_async((2, 2)).id, add.apply_async((3, 3), queue="elsewhere").id
+    until(lambda: broker.llen("celery") + broker.hlen("unacked") == 2, seconds=30, what="it was sent")
+    broker.delete("celery")
+    if broker.hlen("unacked") == 2:  # it was taken; the stock worker acknowledges it when it begins
+        gate.touch()
+        shop.await_line("add 2 2")
+    broker.delete("elsewhere")
+    assert (there, "message-lost", True) in told(recovery.survey(NOW))
+    assert (here, "unknown", False) in told(recovery.survey(NOW))
+    assert [it.id for it in recovery.recover(NOW)] == [there]
+    gate.touch()
+
+
+def test_a_worker_without_patchpilot_that_does_not_answer_may_have_anything(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """Nobody has heard of it, but the broker counts who listens."""
+    gate = shop.directory / "gate"
+    worker = shop.worker("--pool", "solo", SHOP_STOCK="1", SHOP_BACKEND=shop.broker)
+    running = hold.apply_async((1, str(gate)))
+    shop.await_line("hold began")
+    assert told(recovery.survey(NOW)) == [(running.id, "unknown", False)]
+    assert recovery.recover(NOW) == ()
+    worker.kill()
+    until(lambda: [it.curable for it in recovery.survey(NOW)] == [True], seconds=60, what="it is gone")
+
+
+def test_a_message_that_a_worker_has_been_sent_and_has_not_read_is_not_lost(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """The worker asked for a message while its hands were free. Then a task's time came; then the message did."""
+    shop.worker("-c", "1", SHOP_ACKS_LATE="1")
+    for number in range(20):
+        gate, label = shop.directory / f"gate{number}", f"hold{number}"
+        hold.apply_async((1, str(gate), label), countdown=1.5)
+        shop.await_line(f"{label} began")
+        sent = add.apply_async((number, 1))
+        # In no queue, and not unacknowledged either: popped, and in the worker's socket. If not, its turn was over.
+        unread = broker.llen("celery") == 0 and sent.id not in str(broker.hvals("unacked"))
+        if unread:
+            assert recovery.recover(NOW) == ()
+            assert sent.id not in str(broker.hvals("unacked")), "it was read meanwhile"
+        gate.touch()
+        assert sent.get(timeout=30) == number + 1
+        if unread:
+            assert shop.ledger().count(f"add {number} 1") == 1
+            return
+    raise AssertionError("a message never came at the right moment")
+
+
+def test_a_retry_that_was_lost_is_sent_again_as_the_attempt_that_it_is(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    result = later.apply_async(("once", HOUR))
+    worker = shop.worker("-c", "1", SHOP_ACKS_LATE="1")
+    shop.await_line("once 0")
+    until(lambda: broker.hlen("unacked") == 1, seconds=30, what="the worker took the retry")
+    assert recovery.survey(NOW) == ()
+    worker.kill()
+    for key in ("unacked", "unacked_index", "celery"):
+        broker.delete(key)
+    assert told(recovery.survey(NOW)) == [(result.id, "message-lost", True)]
+    recovery.recover(NOW)
+    [raw] = broker.lrange("celery", 0, -1)
+    headers = json.loads(raw)["headers"]
+    assert (headers["id"], headers["retries"]) == (result.id, 1)
+    assert headers["eta"] is not None
+
+
+def test_what_somebody_takes_meanwhile_is_not_put_back(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    """Between the look and the remedy the message was restored and taken again, under the tag that it had."""
+    gate = shop.directory / "gate"
+    hold.apply_async((1, str(gate)))
+    worker = shop.worker("-c", "1", SHOP_ACKS_LATE="1")
+    shop.await_line("hold began")
+    worker.kill()
+    assert [it.diagnosis for it in recovery.survey(NOW)] == ["abandoned"]
+    requeue = Remedies._requeue
+
+    def late(self: Remedies, *args: object) -> None:
+        for tag in broker.zrange("unacked_index", 0, -1):
+            broker.zincrby("unacked_index", 1, tag)
+        requeue(self, *args)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Remedies, "_requeue", late)
+        recovery.recover(NOW)
+    assert (broker.llen("celery"), broker.hlen("unacked")) == (0, 1)
+    recovery.recover(NOW)
+    assert (broker.llen("celery"), broker.hlen("unacked")) == (1, 0)
+
+
+def test_only_one_kind_at_a_time(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    finished = chord([add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
+    shop.worker("-c", "1")
+    until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
+    stuck = chord([add.s(2, 2).set(queue="parts")], total.s()).apply_async()
+    task = add.apply_async((3, 3), queue="tasks")
+    for queue in ("callbacks", "parts", "tasks"):
+        broker.delete(queue)
+    expected: dict[Kind, tuple[str, str]] = {
+        "chord": (stuck.parent.id, "parts"), "callback": (finished.parent.id, "callbacks"), "task": (task.id, "tasks"),
+    }  # fmt: skip
+    for kind, (subject, queue) in expected.items():
+        assert [(it.kind, it.id) for it in recovery.sweep(NOW, only=[kind]).applied] == [(kind, subject)]
+        assert broker.llen(queue) == 1
+    assert recovery.survey(NOW) == ()
+
+
+def test_a_long_queue_is_read_in_pages(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    result = chord([add.s(i, i) for i in range(2500)], total.s()).apply_async()
+    assert recovery.survey(NOW) == ()
+    for place in (1, 1000, 2496):  # of those that are left each time
+        broker.lrem("celery", 1, broker.lindex("celery", place))
+    broker.config_resetstat()
+    [found] = recovery.survey(NOW)
+    assert (found.id, found.diagnosis, len(found.messages)) == (result.parent.id, "header-message-lost", 3)
+    pages = broker.info("commandstats")["cmdstat_lrange"]["calls"]
+    # Twice: each of ten priorities to its end, and three full pages.
+    assert pages <= 2 * (10 + 3)
