@@ -17,8 +17,8 @@ from patchpilot.cli.recover import recover
 from patchpilot.cli.report import report
 from patchpilot.cli.run import run
 from patchpilot.cli.status import status
+from patchpilot.dsn import mask
 from patchpilot.errors import Exit, PatchpilotError
-from patchpilot.telemetry import mask
 
 EPILOG = (
     "Exit codes: 0 done, 1 error, 2 usage, 3 nothing to do, 4 resume later, 5 blocked by pre-flight, 6 lock held, "

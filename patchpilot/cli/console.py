@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from patchpilot.dsn import mask
 from patchpilot.errors import Usage
 from patchpilot.settings import Settings, load, parse_duration
-from patchpilot.telemetry import mask
 
 
 class Output(StrEnum):
@@ -49,6 +52,11 @@ def emit(text: str) -> None:
 def emit_json(data: Any) -> None:
     """Data for a script."""
     emit(mask(json.dumps(data, indent=2, default=str)))
+
+
+def emit_line(data: Any) -> None:
+    """Data for a script that reads as it comes: one line of JSON."""
+    emit(mask(json.dumps(data, default=str)))
 
 
 def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -104,3 +112,25 @@ def ago(span: timedelta) -> str:
     if minutes < 60:
         return f"{minutes}m {seconds % 60}s" if minutes < 10 else f"{minutes}m"
     return f"{hours}h {minutes % 60}m" if hours < 24 else f"{days}d {hours % 24}h"
+
+
+@contextmanager
+def stop_signals(words: str) -> Iterator[threading.Event]:
+    """Set the event on SIGTERM and SIGINT, instead of dying from them. A second Ctrl-C is an interrupt again.
+
+    :param words: what to say then.
+    """
+    stop = threading.Event()
+
+    def ask(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        say(words)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -24,6 +24,7 @@ from patchpilot.cli.console import (
     say,
     the_broker,
 )
+from patchpilot.cli.watch import Orders, go_on
 from patchpilot.errors import PatchpilotError, Usage
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
@@ -77,6 +78,16 @@ def recover(
             "--plan", metavar="FILE", help="Do exactly what this dry run's JSON says, as far as it is still so."
         ),
     ] = None,
+    watch: Annotated[
+        str | None,
+        typer.Option("--watch", metavar="INTERVAL", help="Go on: a pass each time that this is over, until a signal."),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen", metavar="HOST:PORT", help="With --watch: serve /healthz, and /metrics for Prometheus."
+        ),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Find what a failover lost (stuck chords, lost callbacks, lost task messages) and re-create exactly that, once.
@@ -87,12 +98,23 @@ def recover(
 
     To decide first and act later: `recover --dry-run --output json > plan.json`, read it, `recover --plan plan.json`.
     What is in the plan is looked for again; what is no longer so is listed, and left alone.
+
+    `recover --watch 5s` goes on until SIGTERM or Ctrl-C and then exits with code 0. It says each thing once, a line
+    each (with `--output json` a line of JSON each), and outlives a PostgreSQL or a broker that is away.
     """
     settings = read_settings(config)
     window = _window(settings, min_age, max_age)
     kinds = _kinds(only)
     if dry_run and (plan or assume_lost):
         raise Usage("--dry-run changes nothing: --plan and --assume-lost are for acting")
+    if listen is not None and watch is None:
+        raise Usage("--listen is for --watch: a single pass is over before anybody could ask")
+    if watch is not None:
+        if plan or assume_lost:
+            raise Usage("--watch goes on without a person: --plan and --assume-lost are a person's, for one pass")
+        every = duration(watch, timedelta(), "--watch")
+        go_on(site(settings, the_broker(settings, cluster)), Orders(window, kinds, dry_run, every, listen), output)
+        return
     agreed = read_plan(plan) if plan else None
     with Recovery(site(settings, the_broker(settings, cluster)), complain=complain) as recovery:
         if dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from patchpilot.errors import Usage
@@ -30,6 +30,17 @@ class OfCallback:
     """Of those: sending them raised in the caller."""
     shadow: int
     """Of those: only watched."""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """The open chords in numbers."""
+
+    open: int = 0
+    oldest: timedelta = timedelta()
+    """The age of the oldest, since it was sent; zero if none is open."""
+    unrecoverable: int = 0
+    """Of those: their callback could not be stored."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,15 @@ def inventory(database: Database) -> tuple[OfCallback, ...]:
         )
         for row in database.fetch(SQL["by_callback"])
     )
+
+
+def backlog(database: Database) -> Backlog:
+    """The open chords in numbers.
+
+    :raises PatchpilotError: if PostgreSQL cannot be asked.
+    """
+    [row] = database.fetch(SQL["backlog"])
+    return Backlog(row["open"], row["oldest"], row["unrecoverable"])
 
 
 def life(database: Database, chord: str) -> Life:

@@ -17,6 +17,7 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
+from patchpilot.recovery.inventory import Backlog, backlog
 from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.valkey.broker import Broker
@@ -70,20 +71,35 @@ class Recovery:
         self.close()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, for good."""
+        self.disconnect()
+        for app in self._apps.values():
+            app.close()
+
+    def disconnect(self) -> None:
+        """Close all connections. The next pass opens new ones, to whatever the addresses lead to by then."""
         self._broker.close()
         self._database.close()
         for app in self._apps.values():
             app.backend.client.connection_pool.disconnect()
             app.backend.database.close()
-            app.close()
 
-    def survey(self, window: Window, only: Collection[Kind] = KINDS) -> tuple[Finding, ...]:
+    def survey(
+        self, window: Window, only: Collection[Kind] = KINDS, ids: Collection[str] | None = None
+    ) -> tuple[Finding, ...]:
         """What is stuck, and why. Changes nothing.
 
+        :param ids: look at these chords and tasks only.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
-        return _chosen(diagnose(self._collect(window)), only)
+        return _chosen(diagnose(self._collect(window)), only, ids)
+
+    def backlog(self) -> Backlog:
+        """How many chords are open, and how old the oldest is.
+
+        :raises Transient: if PostgreSQL cannot be read.
+        """
+        return backlog(self._database)
 
     def recover(self, window: Window, *, run_id: str | None = None) -> tuple[Applied, ...]:
         """Remedy what can be remedied, and return what this pass did; not what somebody else did first.
@@ -99,12 +115,14 @@ class Recovery:
         *,
         run_id: str | None = None,
         only: Collection[Kind] = KINDS,
+        ids: Collection[str] | None = None,
         assume_lost: bool = False,
         plan: Plan | None = None,
     ) -> Sweep:
         """As :meth:`recover`; returns everything that was found, and what was done.
 
         :param only: leave other kinds of findings alone.
+        :param ids: leave other chords and tasks alone; a chord's callback goes by the chord's id.
         :param assume_lost: take for lost what a worker may have that is alive and does not answer.
         :param plan: do only what is in it, as far as it is still so.
         """
@@ -116,7 +134,7 @@ class Recovery:
         ended = [key for key, message in messages.items() if message.where is Where.ENDED]
         if ended:
             self._database.execute(SQL["close_ended"], {"message_ids": ended})
-        findings = _chosen(diagnose(evidence), only)
+        findings = _chosen(diagnose(evidence), only, ids)
         agreed, changes = (findings, ()) if plan is None else compare(plan, findings)
         remedies = Remedies(self._database, self._app, run_id, self._complain)
         curable = [finding for finding in agreed if finding.curable]
@@ -160,5 +178,7 @@ class Recovery:
             return ()
 
 
-def _chosen(findings: Sequence[Finding], only: Collection[Kind]) -> tuple[Finding, ...]:
-    return tuple(finding for finding in findings if finding.kind in only)
+def _chosen(
+    findings: Sequence[Finding], only: Collection[Kind], ids: Collection[str] | None = None
+) -> tuple[Finding, ...]:
+    return tuple(it for it in findings if it.kind in only and (ids is None or it.id in ids))

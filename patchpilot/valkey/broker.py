@@ -18,8 +18,8 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
+from patchpilot.dsn import mask
 from patchpilot.errors import Transient
-from patchpilot.telemetry import mask
 
 _SEPARATOR = "\x06\x16"
 _CHUNK = 1000
