@@ -160,6 +160,8 @@ class Cluster(_Section):
     """URL of the primary endpoint: ``redis://`` or ``rediss://``, with the database number. Needed for a broker."""
     key_prefix: str = ""
     """``global_keyprefix`` of the broker transport options, if the application sets one."""
+    broker_name: str | None = None
+    """``patchpilot_broker`` of the application, if it sets one."""
     region: str | None = None
 
 

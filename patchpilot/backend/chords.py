@@ -115,6 +115,7 @@ class Chords:
             "generating": generating,
             "counting": str(self._config.counting),
             "shadow": shadow,
+            "broker": self._outbox.identity.home,
         }
         self._outbox.open(Opening(row, _task_ids(known)), at_once=not generating)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 
@@ -63,10 +64,10 @@ def root(
         typer.echo(context.get_help())
 
 
-def run_app() -> int:
+def run_app(arguments: Sequence[str] | None = None, prog_name: str | None = None) -> int:
     """Run the command line and return its exit code. Never a traceback, unless PATCHPILOT_DEBUG asks for one."""
     try:
-        outcome = app(standalone_mode=False)
+        outcome = app(arguments, prog_name, standalone_mode=False)
     except PatchpilotError as error:
         say(f"patchpilot: {mask(str(error))}")
         return int(error.exit_code)

@@ -6,8 +6,9 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -67,9 +68,22 @@ def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+_change: ContextVar[Callable[[Settings], Settings]] = ContextVar("patchpilot_change", default=lambda settings: settings)
+
+
+@contextmanager
+def settings_from(change: Callable[[Settings], Settings]) -> Iterator[None]:
+    """Inside, commands read their settings through ``change``."""
+    token = _change.set(change)
+    try:
+        yield
+    finally:
+        _change.reset(token)
+
+
 def read_settings(config: Path | None) -> Settings:
     """The settings, from the configuration file and the environment."""
-    return load(config)
+    return _change.get()(load(config))
 
 
 def the_broker(settings: Settings, name: str | None) -> str:

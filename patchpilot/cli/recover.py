@@ -41,6 +41,7 @@ def site(settings: Settings, cluster: str) -> Site:
         key_prefix=settings.cluster(cluster).key_prefix,
         accept_content=settings.celery.accept_content,
         claim_lease=settings.recovery.claim_lease,
+        broker=settings.cluster(cluster).broker_name,
     )
 
 
@@ -122,10 +123,13 @@ def recover(
         else:
             sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=agreed)
             findings = sweep.findings
+        elsewhere = recovery.elsewhere()
     if output is Output.JSON:
-        emit_json(_as_data(findings, sweep))
-    else:
-        _show(findings, sweep)
+        emit_json({**_as_data(findings, sweep), "elsewhere": [asdict(each) for each in elsewhere]})
+        return
+    _show(findings, sweep)
+    for each in elsewhere:
+        say(f"not looked at: {each.chords} open chords and {each.messages} messages of another broker, {each.broker}")
 
 
 def _kinds(only: str | None) -> tuple[Kind, ...]:

@@ -123,21 +123,24 @@ class Collector:
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
-        span = {"min_age": window.min_age, "max_age": window.max_age}
+        names = self._broker.names()
+        span = {"min_age": window.min_age, "max_age": window.max_age, "brokers": sorted(names)}
         asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
         chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
         rows = self._database.fetch(SQL["messages"], span)
-        messages, answered, silent = self._locate(rows, assume_lost)
+        messages, answered, silent = self._locate(rows, assume_lost, names)
         return Evidence(chords, messages, answered, silent)
 
-    def _locate(self, rows: list[Row], assume_lost: bool) -> tuple[tuple[Message, ...], frozenset[str], frozenset[str]]:
+    def _locate(
+        self, rows: list[Row], assume_lost: bool, names: frozenset[str]
+    ) -> tuple[tuple[Message, ...], frozenset[str], frozenset[str]]:
         if not rows:
             return (), frozenset(), frozenset()
         first = self._holdings(rows)
         unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
         if not unseen:
             return tuple(_message(row, _settled(row), None) for row in rows), frozenset(), frozenset()
-        held, answered, silent = self._ask({row["message_id"] for row in unseen})
+        held, answered, silent = self._ask({row["message_id"] for row in unseen}, names)
         second = self._holdings(rows)
         still = self._still_there(unseen)
         found = []
@@ -165,9 +168,9 @@ class Collector:
         params = {"message_ids": [row["message_id"] for row in rows], "resends": [row["resends"] for row in rows]}
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
-    def _ask(self, message_ids: set[str]) -> tuple[set[str], frozenset[str], frozenset[str]]:
+    def _ask(self, message_ids: set[str], names: frozenset[str]) -> tuple[set[str], frozenset[str], frozenset[str]]:
         """Which of these messages some worker has, which workers answered, and which are alive and did not."""
-        asking = Asking(self._database, self._app, self._clock, self._stale)
+        asking = Asking(self._database, self._app, self._clock, self._stale, names)
         answers = asking.ask(COMMAND, {"message_ids": sorted(message_ids)})
         held = {message_id for answer in answers.by_instance.values() for message_id in answer["held"]}
         return held, frozenset(answers.by_instance), frozenset(answers.silent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -41,6 +41,15 @@ class Backlog:
     """The age of the oldest, since it was sent; zero if none is open."""
     unrecoverable: int = 0
     """Of those: their callback could not be stored."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What is open of another broker."""
+
+    broker: str
+    chords: int
+    messages: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,15 @@ def backlog(database: Database) -> Backlog:
     """
     [row] = database.fetch(SQL["backlog"])
     return Backlog(row["open"], row["oldest"], row["unrecoverable"])
+
+
+def elsewhere(database: Database, names: Collection[str]) -> tuple[Elsewhere, ...]:
+    """What is open of brokers that have none of these names.
+
+    :raises PatchpilotError: if PostgreSQL cannot be asked.
+    """
+    rows = database.fetch(SQL["elsewhere"], {"brokers": sorted(names)})
+    return tuple(Elsewhere(row["broker"], row["chords"], row["messages"]) for row in rows)
 
 
 def life(database: Database, chord: str) -> Life:

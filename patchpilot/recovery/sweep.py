@@ -17,7 +17,7 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
-from patchpilot.recovery.inventory import Backlog, backlog
+from patchpilot.recovery.inventory import Backlog, Elsewhere, backlog, elsewhere
 from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.valkey.broker import Broker
@@ -58,7 +58,7 @@ class Recovery:
     ) -> None:
         self._site = site
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker)
         self._apps: dict[str, Celery] = {}
         self._clock = clock
         self._complain = complain
@@ -143,6 +143,13 @@ class Recovery:
             done += self._try(remedies, curable[start : start + BATCH], messages)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
+
+    def elsewhere(self) -> tuple[Elsewhere, ...]:
+        """What is open of other brokers that share the record: no pass of this recovery looks at it.
+
+        :raises Transient: if PostgreSQL or the broker cannot be read.
+        """
+        return elsewhere(self._database, self._broker.names())
 
     def applied(self, run_id: str) -> tuple[Applied, ...]:
         """Every remedy that was applied for the run ``run_id``, in order."""

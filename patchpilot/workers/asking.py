@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -38,13 +38,18 @@ class Asking:
     """Asks the workers of one site.
 
     :param stale: a worker that gave no sign of life for this long counts as dead.
+    :param brokers: the names of the site's broker. Workers of other brokers, on the same record, are none of ours.
     """
 
-    def __init__(self, database: Database, app: Celery, clock: Clock, stale: timedelta) -> None:
+    def __init__(
+        self, database: Database, app: Celery, clock: Clock, stale: timedelta, brokers: Collection[str]
+    ) -> None:
         self._database = database
         self._app = app
         self._clock = clock
         self._stale = stale
+        self._brokers = brokers
+        self._heard: set[str] = set()
 
     def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Answers:
         """Ask every worker.
@@ -65,9 +70,13 @@ class Asking:
                 return answers
 
     def alive(self) -> dict[str, str]:
-        """The workers that give a sign of life: instance -> name."""
+        """The workers of our broker that give a sign of life: instance -> name.
+
+        A worker that answered is on it, by whatever name; so may be one that does not say which broker it is on.
+        """
         rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
-        return {row["instance"]: row["name"] for row in rows if row["alive"]}
+        ours = (row for row in rows if row["broker"] in (None, *self._brokers) or row["instance"] in self._heard)
+        return {row["instance"]: row["name"] for row in ours if row["alive"]}
 
     def _broadcast(self, command: str, arguments: dict[str, Any], answers: Answers) -> None:
         try:
@@ -81,5 +90,6 @@ class Asking:
         for name, answer in ((name, answer) for reply in replies or () for name, answer in reply.items()):
             if isinstance(answer, dict) and "instance" in answer:
                 answers.by_instance[answer["instance"]] = answer
+                self._heard.add(answer["instance"])
             else:
                 answers.puzzled.add(name)

@@ -5,11 +5,11 @@
 -- before it in a chain was delivered twice): what is on record stands, and no row returns.
 INSERT INTO patchpilot.chord AS c (
     group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
-    result_serializer, structure, opener, generating, counting, shadow, publish_error
+    result_serializer, structure, opener, generating, counting, shadow, publish_error, broker
 ) VALUES (
     %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
     %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(opener)s, %(generating)s, %(counting)s,
-    %(shadow)s, %(publish_error)s
+    %(shadow)s, %(publish_error)s, %(broker)s
 )
 ON CONFLICT (group_id) DO UPDATE SET
     state = 'open', callback_id = EXCLUDED.callback_id, callback_name = EXCLUDED.callback_name,
@@ -17,7 +17,7 @@ ON CONFLICT (group_id) DO UPDATE SET
     callback_encoding = EXCLUDED.callback_encoding, unrecoverable = EXCLUDED.unrecoverable, routes = EXCLUDED.routes,
     result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure, opener = EXCLUDED.opener,
     generating = EXCLUDED.generating, counting = EXCLUDED.counting,
-    shadow = EXCLUDED.shadow, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
+    shadow = EXCLUDED.shadow, broker = EXCLUDED.broker, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
     size = 0, claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, finished_at = NULL
 WHERE c.callback_id <> EXCLUDED.callback_id OR c.opener <> EXCLUDED.opener
 RETURNING group_id
