@@ -161,11 +161,24 @@ class Chords:
 
         :returns: how the chord stands; None if it is not in our record.
         """
-        payload = ensure_bytes(self._codec.encode(self._codec.encode_result(result, state)))
-        rows = self._database.fetch(
-            SQL["return_part"], {"group_id": group_id, "task_id": task_id, "state": state, "payload": payload}
+        row = {"group_id": group_id, "task_id": task_id, "state": state, "payload": self.payload(state, result)}
+        return waiting(self._database.fetch(SQL["return_part"], row))
+
+    def payload(self, state: str, result: Any) -> bytes:
+        """What a part returned, as it is stored.
+
+        :raises EncodeError: if it cannot be serialised.
+        """
+        payload: bytes = ensure_bytes(self._codec.encode(self._codec.encode_result(result, state)))
+        return payload
+
+    def return_parts(self, parts: Sequence[tuple[str, str, str, bytes]]) -> None:
+        """Record what many header tasks returned: group id, task id, state and payload of each."""
+        columns = dict(
+            zip(("group_ids", "task_ids", "states", "payloads"), map(list, zip(*parts, strict=True)), strict=True)
         )
-        return waiting(rows)
+        if parts:
+            self._database.execute(SQL["return_parts"], columns)
 
     def return_unforeseen(self, part: Part, state: str, result: Any) -> Waiting | None:
         """As :meth:`return_part`, of a part that is not on record yet."""

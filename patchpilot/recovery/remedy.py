@@ -90,13 +90,17 @@ class Remedies:
             for serializer, group_ids in self._by_serializer(by_id).items()
             for group_id in group_ids
         }
+        parts: defaultdict[Backend, list[tuple[str, str, str, bytes]]] = defaultdict(list)
         for row in self._database.fetch(SQL["ended_parts"], {"group_ids": sorted(by_id)}):
             backend = backends[row["group_id"]]
             try:
                 meta = backend.decode_result(row["meta"])
-                backend.chords.return_part(row["group_id"], row["task_id"], meta["status"], meta["result"])
+                payload = backend.chords.payload(meta["status"], meta["result"])
+                parts[backend].append((row["group_id"], row["task_id"], meta["status"], payload))
             except (KombuError, CeleryError) as error:
                 self._complain(by_id[row["group_id"]], _explained(by_id[row["group_id"]], error))
+        for backend, ended in parts.items():
+            backend.chords.return_parts(ended)
 
     def _by_serializer(self, group_ids: Iterable[str]) -> dict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)

@@ -82,6 +82,14 @@ SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres'
        ) AS unforeseen
 FROM patchpilot.chord WHERE group_id = %(group_id)s
 
+-- name: return_parts
+-- Many at once, for recovery. The first return of each stands.
+UPDATE patchpilot.chord_part p
+SET state = part.state, payload = part.payload, returned_at = now()
+FROM unnest(%(group_ids)s::text[], %(task_ids)s::text[], %(states)s::text[], %(payloads)s::bytea[])
+    AS part (group_id, task_id, state, payload)
+WHERE p.group_id = part.group_id AND p.task_id = part.task_id AND p.state IS NULL
+
 -- name: publishing_failed
 UPDATE patchpilot.chord SET publish_error = %(error)s WHERE group_id = ANY(%(group_ids)s) AND state = 'open'
 

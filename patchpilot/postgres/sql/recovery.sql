@@ -79,8 +79,12 @@ JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, re
 SELECT p.group_id, p.task_id, r.meta
 FROM patchpilot.chord_part p
 JOIN patchpilot.chord c USING (group_id)
-JOIN patchpilot.result r
-    ON r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= c.created_at
+CROSS JOIN LATERAL (
+    SELECT result.meta FROM patchpilot.result
+    WHERE result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+      AND result.stored_at >= c.created_at
+    LIMIT 1
+) r
 WHERE p.group_id = ANY(%(group_ids)s) AND p.state IS NULL
 
 -- name: take
