@@ -131,13 +131,15 @@ class Config:
     """Seconds for which PostgreSQL may be away before a worker or a producer hears of it."""
 
     @classmethod
-    def of(cls, app: Celery) -> Config:
+    def of(cls, app: Celery, dsn: str | None = None) -> Config:
         """Read the configuration of ``app``.
+
+        :param dsn: where PostgreSQL is, if not where ``app`` says.
 
         :raises ImproperlyConfigured: if PostgreSQL is configured nowhere, or a value is not one of those it may be.
         """
         return cls(
-            dsn_of(app),
+            dsn or dsn_of(app),
             mode=_choice(app, "patchpilot_mode", Mode, cls.mode),
             counting=_choice(app, "patchpilot_counting", Counting, cls.counting),
             journal=_choice(app, "patchpilot_journal_messages", Journal, cls.journal),

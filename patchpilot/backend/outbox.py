@@ -261,7 +261,7 @@ class Outbox:
                     return
                 self._withdraw(dispatch, left, error)
                 raise
-        if messages:
+        if self._journalled(messages):
             self.identity.leave(producer.connection, producer.channel)
 
     def _withdraw(self, dispatch: Dispatch, left: Sequence[Message], error: Exception) -> None:

@@ -12,7 +12,6 @@ from patchpilot.cli.console import (
     ConfigOption,
     Output,
     OutputOption,
-    ago,
     emit,
     emit_json,
     emit_table,
@@ -22,6 +21,7 @@ from patchpilot.cli.console import (
 )
 from patchpilot.cli.recover import site
 from patchpilot.clock import SYSTEM
+from patchpilot.durations import ago
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.inventory import OfCallback, inventory, life

@@ -17,8 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from patchpilot.dsn import mask
+from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.settings import Settings, load, parse_duration
+from patchpilot.settings import Settings, load
 
 
 class Output(StrEnum):
@@ -115,17 +116,6 @@ def duration(text: str | None, default: timedelta, option: str) -> timedelta:
         return parse_duration(text)
     except ValueError as error:
         raise Usage(f"{option}: {error}") from None
-
-
-def ago(span: timedelta) -> str:
-    """A span for a person: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
-    seconds = int(span.total_seconds())
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if minutes < 60:
-        return f"{minutes}m {seconds % 60}s" if minutes < 10 else f"{minutes}m"
-    return f"{hours}h {minutes % 60}m" if hours < 24 else f"{days}d {hours % 24}h"
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from patchpilot.cli.console import (
     ConfigOption,
     Output,
     OutputOption,
-    ago,
     duration,
     emit,
     emit_json,
@@ -25,6 +24,7 @@ from patchpilot.cli.console import (
     the_broker,
 )
 from patchpilot.cli.watch import Orders, go_on
+from patchpilot.durations import ago
 from patchpilot.errors import PatchpilotError, Usage
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from patchpilot.broker_name import NAMES, name_of_url
 from patchpilot.dsn import mask
@@ -72,6 +72,8 @@ class Broker:
         """
         try:
             left: Any = self._client.smembers(f"{self._prefix}{NAMES}")
+        except NoPermissionError:  # then nobody left a name either
+            left = ()
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
         return frozenset(self._own | {name.decode() for name in left})

@@ -63,13 +63,15 @@ def application(site: Site, serializer: str = "json") -> Celery:
     return app
 
 
-def site_of(app: Celery) -> Site:
+def site_of(app: Celery, dsn: str | None = None) -> Site:
     """The site of an application that is at hand, from its own configuration.
+
+    :param dsn: where PostgreSQL is, if not where ``app`` says.
 
     :raises ImproperlyConfigured: PostgreSQL is configured nowhere, or a setting is wrong.
     :raises NeedsOperator: its broker is no Redis.
     """
-    conf, config = app.conf, Config.of(app)
+    conf, config = app.conf, Config.of(app, dsn)
     url = conf.broker_read_url
     url = str((url[0] if isinstance(url, list | tuple) else url) or "").split(";", maxsplit=1)[0]
     if not url.startswith(("redis://", "rediss://")):
