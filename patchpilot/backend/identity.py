@@ -23,6 +23,7 @@ class Identity:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self._known: dict[tuple[Any, ...], str | None] = {}
         self._due: dict[str, float] = {}
 
     @property
@@ -36,7 +37,10 @@ class Identity:
         if connection.transport.driver_type != "redis":
             return None
         prefix = (connection.transport_options or {}).get("global_keyprefix") or ""
-        return self._given(named(connection.hostname, connection.port, connection.virtual_host, prefix))
+        address = (connection.hostname, connection.port, connection.virtual_host, prefix)
+        if address not in self._known:  # asked for with each message
+            self._known[address] = self._given(named(*address))
+        return self._known[address]
 
     def leave(self, connection: Any, channel: Any = None) -> None:
         """Leave the broker's name in it, unless that was done a moment ago. A broker that refuses is none the worse."""

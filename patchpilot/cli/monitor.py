@@ -5,12 +5,14 @@ Labels carry kinds, diagnoses, remedies and classes of errors; never an id, a na
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import Counter as Tally
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -88,12 +90,17 @@ class Metrics:
         self._errors.labels(type(error).__name__).inc()
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(ThreadingMixIn, TCPServer):
+    allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], health: Health, metrics: Metrics) -> None:
+    def __init__(self, where: tuple[str, int], health: Health, metrics: Metrics) -> None:
+        self.address_family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
         self.health, self.metrics = health, metrics
-        super().__init__(address, _Handler)
+        super().__init__(where, _Handler)
+
+    def handle_error(self, *_: object) -> None:
+        """Who asked has gone away before the answer: nobody needs to know."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,7 +151,7 @@ def serving(where: tuple[str, int], health: Health, metrics: Metrics) -> Iterato
     thread = threading.Thread(target=server.serve_forever, name="patchpilot-monitor", daemon=True)
     thread.start()
     try:
-        yield f"{where[0]}:{server.server_port}"
+        yield f"{where[0]}:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()

@@ -128,6 +128,7 @@ def sweeper_of(app: Celery) -> Sweeper:
     site, config = site_of(app), Config.of(app)
     window = Window(config.recovery_min_age, config.recovery_max_age)
     broker = Identity(app).home or ""
+    recovery = Recovery(site, complain=_complain)  # one for all sweeps: each makes an application
 
     def once(since: timedelta) -> tuple[Turn, bool]:
         with Database(site.dsn) as database:
@@ -136,10 +137,10 @@ def sweeper_of(app: Celery) -> Sweeper:
                 return turn, True
             whole = False
             try:
-                with Recovery(site, complain=_complain) as recovery:
-                    sweep = recovery.sweep(window)
+                sweep = recovery.sweep(window)
                 whole = True
             finally:
+                recovery.disconnect()
                 turns.end(whole=whole)
         return turn, _told(sweep)
 

@@ -59,6 +59,7 @@ def application(site: Site, serializer: str = "json") -> Celery:
         task_publish_retry_policy=_PUBLISH_RETRIES,
         broker_transport_options=options,
         patchpilot_broker=site.broker,
+        patchpilot_fence="off",  # it runs no tasks, and what watches over them would keep it alive for ever
     )
     return app
 

@@ -62,7 +62,7 @@ def celery_app() -> Celery:
         return _named(named)
     # Asking Celery for the current one would make one up.
     app = getattr(_state._tls, "current_app", None) or _state.default_app
-    if app is None:
+    if app is None or (app.main == "default" and not app.set_as_current):  # one that Celery made up already
         raise ImproperlyConfigured(
             "no Celery application: import it in the project's __init__.py, "
             "or name it with PATCHPILOT['celery_app'] = 'proj.celery:app'"
