@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -25,6 +26,8 @@ class Worker:
         self.clock = FakeClock()
         self.tries: list[tuple[float, float]] = []
         """When, and how long after a sweep was due."""
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What happens during a sweep."""
         self._answers = list(answers)
         self.sweeper = Sweeper(self._once, Pace(AGE, every), self.clock)
         self.sweeper._thread = object()  # type: ignore[assignment] - one that has been started
@@ -32,6 +35,7 @@ class Worker:
     def _once(self, since: timedelta) -> tuple[Turn, bool]:
         self.tries.append((self.clock.monotonic(), since.total_seconds()))
         answer = self._answers.pop(0)
+        self.meanwhile()
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -61,6 +65,16 @@ def test_a_connection_that_is_lost_again_postpones() -> None:
     worker.sweeper.connected()
     worker.until(2000)
     assert worker.tries == [(530, SLACK)]
+
+
+def test_a_connection_made_during_a_sweep_is_followed_by_another() -> None:
+    worker = Worker((Turn.OURS, True), (Turn.OURS, True))
+    worker.sweeper.connected()
+    worker.meanwhile = worker.sweeper.connected
+    worker.until(400)
+    worker.meanwhile = lambda: None
+    worker.until(5000)
+    assert [at for at, _ in worker.tries] == [330, 660]
 
 
 def test_a_turn_that_is_taken_is_asked_for_again() -> None:
