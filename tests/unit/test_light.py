@@ -19,7 +19,11 @@ def test_the_package_alone_loads_nothing() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["patchpilot.backend", "patchpilot.transport", "patchpilot.recovery.step"])
+@pytest.mark.parametrize(
+    "module",
+    # The last one is loaded by every `celery` command.
+    ["patchpilot.backend", "patchpilot.transport", "patchpilot.recovery.step", "patchpilot.cli.celery_command"],
+)
 def test_what_workers_import_loads_neither_the_cloud_nor_the_command_line(module: str) -> None:
     script = (
         f"import sys, {module}\n"
