@@ -106,3 +106,23 @@ def test_what_a_version_before_wrote_belongs_to_any_broker(shop: Shop, other: st
     with Recovery(Site(other, shop.dsn), stale=SOON) as recovery:
         assert recovery.elsewhere() == ()
         assert [it.id for it in recovery.survey(NOW)] == [group_id]
+
+
+def test_a_callback_is_dispatched_to_the_broker_of_its_chord(
+    shop: Shop, other: str, lab_roster: Roster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_connections(app)
+    (tmp_path / "other").mkdir()
+    with shop_on(lab_roster, tmp_path / "other", other, shop.dsn, monkeypatch):
+        result = chord([add.s(1, 1)], total.s()).apply_async()
+        app.backend.chords.return_part(result.parent.id, result.parent.results[0].id, "SUCCESS", 2)
+        with Database(shop.dsn) as database:
+            database.execute("DELETE FROM patchpilot.outbox")
+            database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '1 min'")
+            database.execute("UPDATE patchpilot.chord_part SET returned_at = now() - interval '1 min'")
+        with redis.Redis.from_url(shop.broker) as here, redis.Redis.from_url(other) as there:
+            there.delete("celery")
+            for broker in (shop.broker, other):
+                with Recovery(Site(broker, shop.dsn), stale=SOON) as recovery:
+                    recovery.recover(NOW)
+            assert (here.llen("celery"), there.llen("celery")) == (0, 1)
