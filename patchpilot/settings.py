@@ -7,7 +7,6 @@ Unknown keys, bad durations and missing clusters are refused in one line that na
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from datetime import timedelta
 from pathlib import Path
@@ -18,28 +17,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from patchpilot.dsn import MALFORMED, is_readable
+from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-LONGEST = timedelta(days=3650)
-
 DEFAULT_FILE = Path("patchpilot.toml")
-
-
-def parse_duration(text: str) -> timedelta:
-    """A duration such as ``300ms``, ``0s``, ``5m``, ``1h30m``, ``24h`` or ``7d``.
-
-    :raises ValueError: for anything else, a bare number included: its unit would be a guess.
-    """
-    compact = text.strip()
-    if not compact or _DURATION.sub("", compact):
-        raise ValueError(f"{text!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
-    seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(compact))
-    if seconds > LONGEST.total_seconds():
-        raise ValueError(f"{text!r} is longer than ten years")
-    return timedelta(seconds=seconds)
 
 
 def _as_duration(value: object) -> object:
@@ -167,6 +148,8 @@ class Cluster(_Section):
     """URL of the primary endpoint: ``redis://`` or ``rediss://``, with the database number. Needed for a broker."""
     key_prefix: str = ""
     """``global_keyprefix`` of the broker transport options, if the application sets one."""
+    broker_name: str | None = None
+    """``patchpilot_broker`` of the application, if it sets one."""
     region: str | None = None
 
 

@@ -6,24 +6,13 @@ Workers never import this: inside users' workers patchpilot logs through Celery'
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import structlog
 
-# user:password@ in any URL, and password=... in a libpq string or a query.
-_URL_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<who>[^/\s]*)@", re.IGNORECASE)
-_KEYWORD_PASSWORD = re.compile(
-    r"(?P<key>\b(?:password|auth_token|secret)\s*[=:]\s*)(?P<value>'[^']*'|[^\s&,;]+)", re.IGNORECASE
-)
-
-
-def mask(text: str) -> str:
-    """``text`` with the credentials of every URL and libpq string in it replaced by ``***``."""
-    text = _URL_CREDENTIALS.sub(r"\g<scheme>***@", text)
-    return _KEYWORD_PASSWORD.sub(r"\g<key>***", text)
+from patchpilot.dsn import mask
 
 
 def _mask_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

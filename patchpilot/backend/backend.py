@@ -74,7 +74,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.fence = Fence(self.app, self.database, self.config.fence, self.config.fence_lease, self._on_repetition)
         self.outbox.install()
         self.fence.install()
-        Heartbeat(self.database).install()
+        Heartbeat(self.database, self.outbox.identity).install()
         canary.install(self.app)
         errbacks.install(self.app)
         signals.task_postrun.connect(_on_postrun, weak=False, dispatch_uid="patchpilot.postrun")

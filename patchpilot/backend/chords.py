@@ -115,6 +115,7 @@ class Chords:
             "generating": generating,
             "counting": str(self._config.counting),
             "shadow": shadow,
+            "broker": self._outbox.identity.home,
         }
         self._outbox.open(Opening(row, _task_ids(known)), at_once=not generating)
 
@@ -160,11 +161,16 @@ class Chords:
 
         :returns: how the chord stands; None if it is not in our record.
         """
-        payload = ensure_bytes(self._codec.encode(self._codec.encode_result(result, state)))
-        rows = self._database.fetch(
-            SQL["return_part"], {"group_id": group_id, "task_id": task_id, "state": state, "payload": payload}
-        )
-        return waiting(rows)
+        row = {"group_id": group_id, "task_id": task_id, "state": state, "payload": self.payload(state, result)}
+        return waiting(self._database.fetch(SQL["return_part"], row))
+
+    def payload(self, state: str, result: Any) -> bytes:
+        """What a part returned, as it is stored.
+
+        :raises EncodeError: if it cannot be serialised.
+        """
+        payload: bytes = ensure_bytes(self._codec.encode(self._codec.encode_result(result, state)))
+        return payload
 
     def return_unforeseen(self, part: Part, state: str, result: Any) -> Waiting | None:
         """As :meth:`return_part`, of a part that is not on record yet."""

@@ -23,6 +23,9 @@ CALLBACK_OF = "patchpilot_callback_of"
 DSN = "patchpilot_postgres"
 """The setting that says where PostgreSQL is."""
 
+BROKER = "patchpilot_broker"
+"""The setting that names the broker in the record, where its address does not do."""
+
 FOLLOWS = "patchpilot_follows"
 """Message header: the message of the task before this one in a chain, or that links to it. Its start is fenced."""
 
@@ -116,19 +119,27 @@ class Config:
     retention: timedelta = timedelta(days=7)
     """How long chords and starts that are over stay on record. Longer than the broker's visibility timeout: until then
     an old message may come back."""
+    recovery_min_age: timedelta = timedelta(minutes=5)
+    """In a worker that recovers: what made progress later is left alone; and how long after connecting it sweeps."""
+    recovery_max_age: timedelta = timedelta(hours=24)
+    """What made none for longer is left alone too."""
+    recovery_every: timedelta | None = None
+    """How often it sweeps beside that; None for not at all."""
     valkey_budget: float = 30.0
     """Seconds for which counting a part is retried before the chord is left to recovery."""
     postgres_budget: float = 60.0
     """Seconds for which PostgreSQL may be away before a worker or a producer hears of it."""
 
     @classmethod
-    def of(cls, app: Celery) -> Config:
+    def of(cls, app: Celery, dsn: str | None = None) -> Config:
         """Read the configuration of ``app``.
+
+        :param dsn: where PostgreSQL is, if not where ``app`` says.
 
         :raises ImproperlyConfigured: if PostgreSQL is configured nowhere, or a value is not one of those it may be.
         """
         return cls(
-            dsn_of(app),
+            dsn or dsn_of(app),
             mode=_choice(app, "patchpilot_mode", Mode, cls.mode),
             counting=_choice(app, "patchpilot_counting", Counting, cls.counting),
             journal=_choice(app, "patchpilot_journal_messages", Journal, cls.journal),
@@ -138,6 +149,9 @@ class Config:
             claim_lease=_read(app, "patchpilot_claim_lease", _span, cls.claim_lease),
             fence_lease=_read(app, "patchpilot_fence_lease", _span, cls.fence_lease),
             retention=_read(app, "patchpilot_retention", _span, cls.retention),
+            recovery_min_age=_read(app, "patchpilot_recovery_min_age", _span, cls.recovery_min_age),
+            recovery_max_age=_read(app, "patchpilot_recovery_max_age", _span, cls.recovery_max_age),
+            recovery_every=_read(app, "patchpilot_recovery_every", _span, None),
             valkey_budget=_read(app, "patchpilot_valkey_budget", _seconds, cls.valkey_budget),
             postgres_budget=_read(app, "patchpilot_postgres_budget", _seconds, cls.postgres_budget),
         )

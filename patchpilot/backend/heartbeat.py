@@ -17,6 +17,7 @@ from celery.utils.log import get_logger
 
 from patchpilot.backend import about, holdings
 from patchpilot.backend.fence import INSTANCE
+from patchpilot.backend.identity import Identity
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
@@ -34,8 +35,9 @@ SQL = queries("workers")
 class Heartbeat:
     """Says that this worker is alive, from when it is ready until it shuts down."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, identity: Identity) -> None:
         self._database = database
+        self._identity = identity
         self._over = threading.Event()
         self._pid = os.getpid()
 
@@ -48,13 +50,17 @@ class Heartbeat:
         holdings.install()
         about.install()
         name = getattr(sender, "hostname", None) or "worker"
-        threading.Thread(target=self._beat, args=(name,), name="patchpilot-heartbeat", daemon=True).start()
+        broker = None
+        if (connection := getattr(sender, "connection", None)) is not None:
+            broker = self._identity.of(connection)
+            self._identity.leave(connection)
+        threading.Thread(target=self._beat, args=(name, broker), name="patchpilot-heartbeat", daemon=True).start()
 
-    def _beat(self, name: str) -> None:
+    def _beat(self, name: str, broker: str | None) -> None:
         heard = True
         while not self._over.is_set() and os.getpid() == self._pid:
             try:
-                self._database.execute(SQL["seen"], {"instance": INSTANCE, "name": name})
+                self._database.execute(SQL["seen"], {"instance": INSTANCE, "name": name, "broker": broker})
                 heard = True
             except PatchpilotError as error:
                 if heard:  # once is enough

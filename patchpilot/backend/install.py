@@ -12,6 +12,9 @@ from patchpilot.backend.config import mask
 
 TRANSPORT = "patchpilot.transport:Transport"
 
+RECOVERING = "patchpilot.recovery.step:Recovering"
+"""By name: it is above this package, and only a worker that is asked to recover has to load it."""
+
 BROKER: Mapping[str, Any] = {
     "broker_transport": TRANSPORT,
     # About a minute of refused connections; where an attempt itself takes time, longer.
@@ -36,7 +39,7 @@ RESULTS: Mapping[str, Any] = {
 _UNSET = object()
 
 
-def install(app: Celery) -> None:
+def install(app: Celery, *, recover: bool = False) -> None:
     """Set ``app`` up now if it is configured, and whenever its configuration is loaded."""
 
     def complete(**_: Any) -> None:
@@ -49,6 +52,8 @@ def install(app: Celery) -> None:
     app.on_after_finalize.connect(complete, weak=False)
     if app.configured:
         complete()
+    if recover:
+        app.steps["consumer"].add(RECOVERING)
     _load_backend_first(app)
 
 

@@ -24,6 +24,7 @@ _STEERING = frozenset({
 _COLUMNS = (
     "message_id", "task_id", "task_name", "group_id", "callback_of", "scope", "attempt", "exchange", "routing_key",
     "queue", "headers", "properties", "body", "content_type", "content_encoding", "eta", "expires",
+    "broker",
 )  # fmt: skip
 
 
@@ -51,6 +52,8 @@ class Message:
     """Content type and encoding."""
     options: dict[str, Any]
     """How it is published."""
+    broker: str | None = None
+    """Where to."""
 
     @property
     def name(self) -> str:
@@ -89,6 +92,7 @@ class Message:
             *self.content,
             _moment(self.headers.get("eta")),
             _moment(self.headers.get("expires")),
+            self.broker,
         )
 
 
@@ -112,11 +116,14 @@ def columns(messages: Sequence[Message]) -> dict[str, list[Any]]:
     return {name: [row[number] for row in rows] for number, name in enumerate(_COLUMNS)}
 
 
-def prepare(body: Any, options: dict[str, Any], callback_of: str | None, message_id: str | None) -> Message:
+def prepare(
+    body: Any, options: dict[str, Any], callback_of: str | None, message_id: str | None, broker: str | None = None
+) -> Message:
     """The message that ``Producer.publish(body, **options)`` would send.
 
     :param callback_of: the chord whose callback it is.
     :param message_id: its id, if it was prepared before.
+    :param broker: where to, as the record calls it.
     :raises EncodeError: if the body cannot be serialised.
     """
     options = dict(options)
@@ -135,6 +142,7 @@ def prepare(body: Any, options: dict[str, Any], callback_of: str | None, message
         payload=payload.encode(encoding) if isinstance(payload, str) else payload,
         content=(content_type, encoding),
         options=options,
+        broker=broker,
     )
 
 

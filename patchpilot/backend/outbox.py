@@ -26,6 +26,7 @@ from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 
 from patchpilot.backend.config import CANARY, Journal
+from patchpilot.backend.identity import Identity
 from patchpilot.backend.message import Message, Part, columns, prepare
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Connection, Database
@@ -98,6 +99,7 @@ class Outbox:
         self._database = database
         self._journal = journal
         self._shadow = shadow
+        self.identity = Identity(app)
         self.foresee: Callable[[Connection, Part], None] = lambda _connection, _part: None
         """Told of each part of a chord that a message will bring, in the transaction that writes the message down."""
         self._run: Callable[[Work], None] = run or partial(database.run, pipelined=True)
@@ -260,6 +262,8 @@ class Outbox:
                     return
                 self._withdraw(dispatch, left, error)
                 raise
+        if self._journalled(messages):
+            self.identity.leave(producer.connection, producer.channel)
 
     def _withdraw(self, dispatch: Dispatch, left: Sequence[Message], error: Exception) -> None:
         """The caller is told that publishing failed, so nobody must publish these, or finish their chord, later."""
@@ -313,7 +317,8 @@ class _Journalling:
         if "task" not in (options.get("headers") or {}):  # a task-sent event takes the same producer
             self._producer.publish(body, **options)
             return
-        message = prepare(body, options, _callback_of.get(), self._message_id)
+        broker = self._outbox.identity.of(self._producer.connection)
+        message = prepare(body, options, _callback_of.get(), self._message_id, broker)
         self._message_id = message.id  # a caller that tries again publishes the same message
         self._outbox.publish(message, self._producer)
 

@@ -123,7 +123,7 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
         self.outbox = ShadowOutbox(self.app, self.database, journal, shadow=True, run=self.recorder.put)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.outbox.install()
-        Heartbeat(Database(self.config.dsn, budget=0)).install()
+        Heartbeat(Database(self.config.dsn, budget=0), self.outbox.identity).install()
         signals.task_postrun.connect(_on_postrun, weak=False, dispatch_uid="patchpilot.shadow.postrun")
         for end in (signals.worker_process_shutdown, signals.worker_shutdown):
             end.connect(self._on_shutdown, weak=False, dispatch_uid=f"patchpilot.shadow.{id(self.app)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 
@@ -17,8 +18,8 @@ from patchpilot.cli.recover import recover
 from patchpilot.cli.report import report
 from patchpilot.cli.run import run
 from patchpilot.cli.status import status
+from patchpilot.dsn import mask
 from patchpilot.errors import Exit, PatchpilotError
-from patchpilot.telemetry import mask
 
 EPILOG = (
     "Exit codes: 0 done, 1 error, 2 usage, 3 nothing to do, 4 resume later, 5 blocked by pre-flight, 6 lock held, "
@@ -63,10 +64,10 @@ def root(
         typer.echo(context.get_help())
 
 
-def run_app() -> int:
+def run_app(arguments: Sequence[str] | None = None, prog_name: str | None = None) -> int:
     """Run the command line and return its exit code. Never a traceback, unless PATCHPILOT_DEBUG asks for one."""
     try:
-        outcome = app(standalone_mode=False)
+        outcome = app(arguments, prog_name, standalone_mode=False)
     except PatchpilotError as error:
         say(f"patchpilot: {mask(str(error))}")
         return int(error.exit_code)

@@ -13,7 +13,6 @@ from patchpilot.cli.console import (
     ConfigOption,
     Output,
     OutputOption,
-    ago,
     emit,
     emit_json,
     emit_table,
@@ -23,6 +22,7 @@ from patchpilot.cli.console import (
 )
 from patchpilot.cli.recover import site
 from patchpilot.clock import SYSTEM
+from patchpilot.durations import ago
 from patchpilot.errors import Transient, Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Window

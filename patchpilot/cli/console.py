@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from patchpilot.dsn import mask
+from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.settings import Settings, load, parse_duration
-from patchpilot.telemetry import mask
+from patchpilot.settings import Settings, load
 
 
 class Output(StrEnum):
@@ -51,6 +56,11 @@ def emit_json(data: Any) -> None:
     emit(mask(json.dumps(data, indent=2, default=str)))
 
 
+def emit_line(data: Any) -> None:
+    """Data for a script that reads as it comes: one line of JSON."""
+    emit(mask(json.dumps(data, default=str)))
+
+
 def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Data for a person, in columns as wide as they need to be."""
     table = [list(header), *([str(cell) for cell in row] for row in rows)]
@@ -59,9 +69,22 @@ def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+_change: ContextVar[Callable[[Settings], Settings]] = ContextVar("patchpilot_change", default=lambda settings: settings)
+
+
+@contextmanager
+def settings_from(change: Callable[[Settings], Settings]) -> Iterator[None]:
+    """Inside, commands read their settings through ``change``."""
+    token = _change.set(change)
+    try:
+        yield
+    finally:
+        _change.reset(token)
+
+
 def read_settings(config: Path | None) -> Settings:
     """The settings, from the configuration file and the environment."""
-    return load(config)
+    return _change.get()(load(config))
 
 
 def the_broker(settings: Settings, name: str | None) -> str:
@@ -95,12 +118,23 @@ def duration(text: str | None, default: timedelta, option: str) -> timedelta:
         raise Usage(f"{option}: {error}") from None
 
 
-def ago(span: timedelta) -> str:
-    """A span for a person: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
-    seconds = int(span.total_seconds())
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if minutes < 60:
-        return f"{minutes}m {seconds % 60}s" if minutes < 10 else f"{minutes}m"
-    return f"{hours}h {minutes % 60}m" if hours < 24 else f"{days}d {hours % 24}h"
+@contextmanager
+def stop_signals(words: str) -> Iterator[threading.Event]:
+    """Set the event on SIGTERM and SIGINT, instead of dying from them. A second Ctrl-C is an interrupt again.
+
+    :param words: what to say then.
+    """
+    stop = threading.Event()
+
+    def ask(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        say(words)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from datetime import timedelta
 
-from patchpilot.cli.console import Output, ago, emit, emit_json, emit_table, say
+from patchpilot.cli.console import Output, emit, emit_json, emit_table, say
+from patchpilot.durations import ago
 from patchpilot.recovery.adopt import Verdict
 from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.recovery.strays import Stray, Strays

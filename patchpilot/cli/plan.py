@@ -11,7 +11,6 @@ from patchpilot.cli.console import (
     ConfigOption,
     Output,
     OutputOption,
-    ago,
     duration,
     emit,
     emit_json,
@@ -30,6 +29,7 @@ from patchpilot.cli.orders import (
 )
 from patchpilot.cli.preflight import ReasonOption, WaiveOption, read_waivers
 from patchpilot.clock import SYSTEM
+from patchpilot.durations import ago
 from patchpilot.phases.notes import clock_time, moment
 from patchpilot.phases.order import settle
 from patchpilot.phases.proposal import digest, propose

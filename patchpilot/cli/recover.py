@@ -16,7 +16,6 @@ from patchpilot.cli.console import (
     ConfigOption,
     Output,
     OutputOption,
-    ago,
     duration,
     emit,
     emit_json,
@@ -25,10 +24,12 @@ from patchpilot.cli.console import (
     say,
     the_broker,
 )
+from patchpilot.cli.watch import Orders, go_on
+from patchpilot.durations import ago
 from patchpilot.errors import PatchpilotError, Usage
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
-from patchpilot.recovery.plan import digest
+from patchpilot.recovery.plan import Plan, digest
 from patchpilot.recovery.plan import read as read_plan
 from patchpilot.settings import Settings
 
@@ -44,6 +45,7 @@ def site(settings: Settings, cluster: str) -> Site:
         dead_after=settings.recovery.dead_after,
         results=settings.results_endpoint(),
         results_prefix=settings.celery.results_prefix,
+        broker=settings.cluster(cluster).broker_name,
     )
 
 
@@ -94,6 +96,16 @@ def recover(
         bool,
         typer.Option("--adopt", help="Instead, take over the chords that Celery's own Redis backend has begun."),
     ] = False,
+    watch: Annotated[
+        str | None,
+        typer.Option("--watch", metavar="INTERVAL", help="Go on: a pass each time that this is over, until a signal."),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen", metavar="HOST:PORT", help="With --watch: serve /healthz, and /metrics for Prometheus."
+        ),
+    ] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Find what a failover lost (stuck chords, lost callbacks, lost task messages) and re-create exactly that, once.
@@ -105,34 +117,66 @@ def recover(
     To decide first and act later: `recover --dry-run --output json > plan.json`, read it, `recover --plan plan.json`.
     What is in the plan is looked for again; what is no longer so is listed, and left alone.
 
+    `recover --watch 5s` goes on until SIGTERM or Ctrl-C and then exits with code 0. It says each thing once, a line
+    each (with `--output json` a line of JSON each), and outlives a PostgreSQL or a broker that is away.
+
     `recover --strays 48h` and `recover --adopt` do something else in place of this, once in a while; `--dry-run` shows
     what. See docs/adopting.md.
     """
     settings = read_settings(config)
-    if strays is not None or adopt:
-        if (strays is not None and adopt) or min_age or max_age or only or plan or assume_lost:
-            raise Usage("--strays and --adopt each go with --dry-run, --cluster and --output only")
-        where = site(settings, the_broker(settings, cluster))
-        if adopt:
-            housekeeping.adopt(where, output, dry_run=dry_run)
-        else:
-            housekeeping.strays(where, duration(strays, timedelta(), "--strays"), output, dry_run=dry_run)
-        return
-    window = _window(settings, min_age, max_age)
-    kinds = _kinds(only)
-    if dry_run and (plan or assume_lost):
-        raise Usage("--dry-run changes nothing: --plan and --assume-lost are for acting")
+    instead = strays is not None or adopt
+    given = {
+        "--min-age": min_age, "--max-age": max_age, "--only": only, "--assume-lost": assume_lost, "--plan": plan,
+        "--watch": watch, "--listen": listen, "--strays": strays if adopt else None,
+    }  # fmt: skip
+    if instead and (refused := [name for name, value in given.items() if value]):
+        raise Usage(f"{', '.join(refused)}: --strays and --adopt each go with --dry-run, --cluster and --output only")
+    _refuse(dry_run=dry_run, watch=watch, listen=listen, for_a_person=bool(plan or assume_lost))
+    window, kinds = _window(settings, min_age, max_age), _kinds(only)
     agreed = read_plan(plan) if plan else None
-    with Recovery(site(settings, the_broker(settings, cluster)), complain=complain) as recovery:
+    where = site(settings, the_broker(settings, cluster))
+    if adopt:
+        housekeeping.adopt(where, output, dry_run=dry_run)
+    elif strays is not None:
+        housekeeping.strays(where, duration(strays, timedelta(), "--strays"), output, dry_run=dry_run)
+    elif watch is not None:
+        every = duration(watch, timedelta(), "--watch")
+        go_on(where, Orders(window, kinds, dry_run, every, listen), output)
+    else:
+        _once(where, window, kinds, output, dry_run=dry_run, assume_lost=assume_lost, plan=agreed)
+
+
+def _refuse(*, dry_run: bool, watch: str | None, listen: str | None, for_a_person: bool) -> None:
+    """Options that contradict each other.
+
+    :param for_a_person: whether one is given that only a person may give, for one pass.
+    """
+    if dry_run and for_a_person:
+        raise Usage("--dry-run changes nothing: --plan and --assume-lost are for acting")
+    if listen is not None and watch is None:
+        raise Usage("--listen is for --watch: a single pass is over before anybody could ask")
+    if watch is not None and for_a_person:
+        raise Usage("--watch goes on without a person: --plan and --assume-lost are a person's, for one pass")
+
+
+def _once(
+    where: Site, window: Window, kinds: tuple[Kind, ...], output: Output, *, dry_run: bool, assume_lost: bool,
+    plan: Plan | None,
+) -> None:  # fmt: skip
+    """One pass, and what came of it."""
+    with Recovery(where, complain=complain) as recovery:
         if dry_run:
             findings, sweep = recovery.survey(window, kinds), None
         else:
-            sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=agreed)
+            sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=plan)
             findings = sweep.findings
+        elsewhere = recovery.elsewhere()
     if output is Output.JSON:
-        emit_json(_as_data(findings, sweep))
-    else:
-        _show(findings, sweep)
+        emit_json({**_as_data(findings, sweep), "elsewhere": [asdict(each) for each in elsewhere]})
+        return
+    _show(findings, sweep)
+    for each in elsewhere:
+        say(f"not looked at: {each.chords} open chords and {each.messages} messages of another broker, {each.broker}")
 
 
 def _kinds(only: str | None) -> tuple[Kind, ...]:

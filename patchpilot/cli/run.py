@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
 from patchpilot import phases, report
-from patchpilot.cli.console import ConfigOption, Output, OutputOption, duration, emit, emit_json, read_settings, say
+from patchpilot.cli.console import (
+    ConfigOption,
+    Output,
+    OutputOption,
+    duration,
+    emit,
+    emit_json,
+    read_settings,
+    say,
+    stop_signals,
+)
 from patchpilot.cli.desk import Outfit
 from patchpilot.cli.orders import (
     POSTGRES_BUDGET,
@@ -26,6 +34,7 @@ from patchpilot.cli.orders import (
 )
 from patchpilot.cli.preflight import ReasonOption, WaiveOption, read_waivers
 from patchpilot.clock import SYSTEM
+from patchpilot.dsn import mask
 from patchpilot.engine.journal import RunRecord
 from patchpilot.engine.requests import hold
 from patchpilot.engine.runner import Progress, Runner
@@ -37,7 +46,6 @@ from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import RunJournal
 from patchpilot.settings import Settings
-from patchpilot.telemetry import mask
 
 Asked = Mapping[str, str | None]
 """The options that say what to do, by the names of :class:`patchpilot.phases.order.Order`."""
@@ -92,7 +100,10 @@ def run(
         "parameter_group": parameter_group, "node_type": node_type, "plan": plan, "approve_before": approve_before,
     }  # fmt: skip
     settle(asked, None, begun=False)  # what does not fit together is refused before anything is touched
-    with Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database, _signals() as stop:
+    with (
+        Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database,
+        stop_signals("stopping at the next checkpoint; the same command goes on from there") as stop,
+    ):
         planned = _planned(database, settings.environment, cluster, plan) if plan else {}
         if planned and grace is None:
             waits["grace"] = timedelta(seconds=planned["grace"])
@@ -194,22 +205,3 @@ class _Narrator:
         where = f"{progress.phase}/{progress.step}" if progress.step else progress.phase
         mark = {"acting": "! ", "retrying": "? ", "interrupted": "? "}.get(progress.kind, "")
         say(f"{SYSTEM.now():%H:%M:%S}  {where:28}  {mark}{mask(progress.message)}")
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Set the event on SIGTERM and SIGINT, instead of dying from them. A second Ctrl-C is an interrupt again."""
-    stop = threading.Event()
-
-    def ask(number: int, _frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        say("stopping at the next checkpoint; the same command goes on from there")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

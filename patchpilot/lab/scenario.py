@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
 from patchpilot.lab.answers import check, operations
 from patchpilot.lab.world import Milestone
-from patchpilot.settings import Duration, parse_duration
+from patchpilot.settings import Duration
 
 FOLDER = Path(__file__).with_name("scenarios")
 """The scenarios that come with patchpilot."""

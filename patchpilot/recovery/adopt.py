@@ -207,7 +207,7 @@ class Adoption:
             "properties": json.dumps({key: it for key, it in properties.items() if key not in NOT_KEPT}).encode(),
             "body": raw_body_of(delivery.message), "content_type": delivery.message["content-type"],
             "content_encoding": delivery.message["content-encoding"], "eta": headers.get("eta"),
-            "expires": headers.get("expires"),
+            "expires": headers.get("expires"), "broker": self._broker.name,
         }]  # fmt: skip
 
     def _write(
@@ -251,6 +251,7 @@ class Adoption:
             "structure": Jsonb(stock.order) if stock.order is not None else None,
             # Parts that are not known are foreseen when they return, as those of a generator are.
             "size": verdict.total if verdict.unknown else 0,
+            "broker": self._broker.name,
         }
 
     def _take_the_rest(self, group_id: str) -> bool:

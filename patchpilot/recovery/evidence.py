@@ -138,7 +138,8 @@ class Collector:
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
-        span = {"min_age": window.min_age, "max_age": window.max_age}
+        names = self._broker.names()
+        span = {"min_age": window.min_age, "max_age": window.max_age, "brokers": sorted(names)}
         asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
         chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
         rows = self._database.fetch(SQL["messages"], span)
@@ -147,7 +148,7 @@ class Collector:
         unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
         if not unseen and not at_the_end:
             return Evidence(chords, tuple(_message(row, _settled(row)) for row in rows))
-        hands = self._ask(unseen, at_the_end)
+        hands = self._ask(unseen, at_the_end, names)
         messages = self._locate(rows, unseen, first, hands, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
         return Evidence(chords, messages, hands.answered, hands.silent)
@@ -196,8 +197,8 @@ class Collector:
         params = {"message_ids": [row["message_id"] for row in rows], "resends": [row["resends"] for row in rows]}
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
-    def _ask(self, unseen: Iterable[Row], at_the_end: Mapping[str, set[str]]) -> Hands:
-        asking = Asking(self._database, self._app, self._clock, self._stale)
+    def _ask(self, unseen: Iterable[Row], at_the_end: Mapping[str, set[str]], names: frozenset[str]) -> Hands:
+        asking = Asking(self._database, self._app, self._clock, self._stale, names)
         message_ids = {row["message_id"] for row in unseen}
         task_ids = {row["task_id"] for row in unseen}.union(*at_the_end.values())
         return ask(asking, message_ids, task_ids)

@@ -34,7 +34,7 @@ class Housekeeping:
         self._clock = clock
         self._stale = site.dead_after if stale is None else stale
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker)
         self._servers = servers(site)
         self._app = application(site)
 
@@ -71,7 +71,7 @@ class Housekeeping:
             PostgreSQL from now on, and the chord would never be complete, or twice.
         :raises Transient: PostgreSQL or Valkey cannot be reached. What was done stays done.
         """
-        hands = ask(Asking(self._database, self._app, self._clock, self._stale), (), ())
+        hands = ask(Asking(self._database, self._app, self._clock, self._stale, self._broker.names()), (), ())
         _check(hands)
         nobody = not hands.answered and not hands.silent
         adoption = self._adoption()

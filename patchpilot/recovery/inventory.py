@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from patchpilot.errors import Usage
@@ -30,6 +30,26 @@ class OfCallback:
     """Of those: sending them raised in the caller."""
     shadow: int
     """Of those: only watched."""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """The open chords in numbers."""
+
+    open: int = 0
+    oldest: timedelta = timedelta()
+    """The age of the oldest, since it was sent; zero if none is open."""
+    unrecoverable: int = 0
+    """Of those: their callback could not be stored."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What is open of another broker."""
+
+    broker: str
+    chords: int
+    messages: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,24 @@ def inventory(database: Database) -> tuple[OfCallback, ...]:
         )
         for row in database.fetch(SQL["by_callback"])
     )
+
+
+def backlog(database: Database) -> Backlog:
+    """The open chords in numbers.
+
+    :raises PatchpilotError: if PostgreSQL cannot be asked.
+    """
+    [row] = database.fetch(SQL["backlog"])
+    return Backlog(row["open"], row["oldest"], row["unrecoverable"])
+
+
+def elsewhere(database: Database, names: Collection[str]) -> tuple[Elsewhere, ...]:
+    """What is open of brokers that have none of these names.
+
+    :raises PatchpilotError: if PostgreSQL cannot be asked.
+    """
+    rows = database.fetch(SQL["elsewhere"], {"brokers": sorted(names)})
+    return tuple(Elsewhere(row["broker"], row["chords"], row["messages"]) for row in rows)
 
 
 def life(database: Database, chord: str) -> Life:

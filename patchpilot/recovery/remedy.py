@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from celery import Celery
 from celery.exceptions import CeleryError
 from kombu.exceptions import ContentDisallowed, KombuError, OperationalError
-from kombu.utils.encoding import ensure_bytes
 from redis.exceptions import RedisError
 
 from patchpilot.backend.backend import Backend
@@ -213,8 +212,7 @@ def _distinct(findings: Iterable[Finding]) -> list[Finding]:
 def _as_part(backend: Backend, meta: bytes) -> tuple[str, bytes]:
     """The state and the payload of the part that a stored result is."""
     decoded = backend.decode_result(meta)
-    state = decoded["status"]
-    return state, ensure_bytes(backend.encode(backend.encode_result(decoded["result"], state)))
+    return decoded["status"], backend.chords.payload(decoded["status"], decoded["result"])
 
 
 @contextmanager

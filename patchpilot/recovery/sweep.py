@@ -18,6 +18,7 @@ from patchpilot.recovery.diagnose import diagnose
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
 from patchpilot.recovery.housekeeping import servers
+from patchpilot.recovery.inventory import Backlog, Elsewhere, backlog, elsewhere
 from patchpilot.recovery.plan import Change, Plan, compare
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.recovery.strays import sweep_up
@@ -60,7 +61,7 @@ class Recovery:
     ) -> None:
         self._site = site
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker)
         self._servers = servers(site)
         self._apps: dict[str, Celery] = {}
         self._clock = clock
@@ -74,7 +75,13 @@ class Recovery:
         self.close()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, for good."""
+        self.disconnect()
+        for app in self._apps.values():
+            app.close()
+
+    def disconnect(self) -> None:
+        """Close all connections. The next pass opens new ones, to whatever the addresses lead to by then."""
         self._broker.close()
         for server in self._servers:
             server.close()
@@ -82,14 +89,23 @@ class Recovery:
         for app in self._apps.values():
             app.backend.client.connection_pool.disconnect()
             app.backend.database.close()
-            app.close()
 
-    def survey(self, window: Window, only: Collection[Kind] = KINDS) -> tuple[Finding, ...]:
+    def survey(
+        self, window: Window, only: Collection[Kind] = KINDS, ids: Collection[str] | None = None
+    ) -> tuple[Finding, ...]:
         """What is stuck, and why. Changes nothing.
 
+        :param ids: look at these chords and tasks only.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
-        return _chosen(diagnose(self._collect(window)), only)
+        return _chosen(diagnose(self._collect(window)), only, ids)
+
+    def backlog(self) -> Backlog:
+        """How many chords are open, and how old the oldest is.
+
+        :raises Transient: if PostgreSQL cannot be read.
+        """
+        return backlog(self._database)
 
     def recover(self, window: Window, *, run_id: str | None = None) -> tuple[Applied, ...]:
         """Remedy what can be remedied, and return what this pass did; not what somebody else did first.
@@ -105,12 +121,14 @@ class Recovery:
         *,
         run_id: str | None = None,
         only: Collection[Kind] = KINDS,
+        ids: Collection[str] | None = None,
         assume_lost: bool = False,
         plan: Plan | None = None,
     ) -> Sweep:
         """As :meth:`recover`; returns everything that was found, and what was done.
 
         :param only: leave other kinds of findings alone.
+        :param ids: leave other chords and tasks alone; a chord's callback goes by the chord's id.
         :param assume_lost: take for lost what a worker may have that is alive and does not answer.
         :param plan: do only what is in it, as far as it is still so.
         """
@@ -122,7 +140,7 @@ class Recovery:
         ended = [key for key, message in messages.items() if message.where is Where.ENDED]
         if ended:
             self._database.execute(SQL["close_ended"], {"message_ids": ended})
-        findings = _chosen(diagnose(evidence), only)
+        findings = _chosen(diagnose(evidence), only, ids)
         agreed, changes = (findings, ()) if plan is None else compare(plan, findings)
         remedies = Remedies(self._database, self._app, run_id, self._complain)
         curable = [finding for finding in agreed if finding.curable]
@@ -134,6 +152,13 @@ class Recovery:
             sweep_up(self._database, self._servers, window.min_age)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
+
+    def elsewhere(self) -> tuple[Elsewhere, ...]:
+        """What is open of other brokers that share the record: no pass of this recovery looks at it.
+
+        :raises Transient: if PostgreSQL or the broker cannot be read.
+        """
+        return elsewhere(self._database, self._broker.names())
 
     def applied(self, run_id: str) -> tuple[Applied, ...]:
         """Every remedy that was applied for the run ``run_id``, in order."""
@@ -171,5 +196,7 @@ class Recovery:
             return ()
 
 
-def _chosen(findings: Sequence[Finding], only: Collection[Kind]) -> tuple[Finding, ...]:
-    return tuple(finding for finding in findings if finding.kind in only)
+def _chosen(
+    findings: Sequence[Finding], only: Collection[Kind], ids: Collection[str] | None = None
+) -> tuple[Finding, ...]:
+    return tuple(it for it in findings if it.kind in only and (ids is None or it.id in ids))

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from patchpilot.dsn import mask
 from patchpilot.engine.journal import Entry, Kind, RunRecord
 from patchpilot.errors import Exit
 from patchpilot.postgres.journal import Run
 from patchpilot.report.story import interruptions, phases, timeline
-from patchpilot.telemetry import mask
 
 Json = dict[str, Any]
 

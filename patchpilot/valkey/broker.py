@@ -16,10 +16,11 @@ from datetime import timedelta
 from typing import Any
 
 import redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
+from patchpilot.broker_name import NAMES, name_of_url
+from patchpilot.dsn import mask
 from patchpilot.errors import Transient
-from patchpilot.telemetry import mask
 
 _SEPARATOR = "\x06\x16"
 _CHUNK = 1000
@@ -69,12 +70,16 @@ class Broker:
 
     :param url: the primary endpoint, ``redis://`` or ``rediss://``, with the database number.
     :param prefix: the ``global_keyprefix`` of the application's broker transport options.
+    :param name: what the record calls it, if not by its address.
     """
 
-    def __init__(self, url: str, prefix: str = "") -> None:
+    def __init__(self, url: str, prefix: str = "", name: str | None = None) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
         self._prefix = prefix
         self._url = mask(url)
+        self._own = {found for found in (name, name_of_url(url, prefix)) if found}
+        self.name = name or name_of_url(url, prefix)
+        """What to call it in the record."""
 
     def holdings(self, queues: Iterable[str], exchanges: Iterable[str] = ()) -> Holdings:
         """Everything in ``queues``, and in the queues bound to ``exchanges``, and everything unacknowledged.
@@ -92,6 +97,19 @@ class Broker:
             return Holdings(queued, unacked, {key: taken[tag] for key, tag in unacked.items() if tag in taken})
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+
+    def names(self) -> frozenset[str]:
+        """What the record calls this broker: by its address as we know it, and by those that its users left in it.
+
+        :raises Transient: if the broker cannot be read.
+        """
+        try:
+            left: Any = self._client.smembers(f"{self._prefix}{NAMES}")
+        except NoPermissionError:  # then nobody left a name either
+            left = ()
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+        return frozenset(self._own | {name.decode() for name in left})
 
     def declared(self) -> set[str]:
         """The queues that somebody has declared and bound to an exchange.

@@ -15,8 +15,8 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError, ResponseError
 
+from patchpilot.dsn import mask
 from patchpilot.errors import Transient
-from patchpilot.telemetry import mask
 
 STEM = "celery-taskset-meta-"
 TASK_STEM = "celery-task-meta-"

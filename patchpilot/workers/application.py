@@ -6,19 +6,22 @@ go was recorded with each chord by the application itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, cast
+from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from celery import Celery, _state
 
 from patchpilot.backend.backend import Backend
+from patchpilot.backend.config import BROKER, Config
 from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
+from patchpilot.errors import NeedsOperator
 
 _PUBLISH_RETRIES = {"max_retries": 10, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 2.0}
 
@@ -39,6 +42,8 @@ class Site:
     """The ``global_keyprefix`` of its result backend transport options."""
     dead_after: timedelta = STALE
     """A worker that gave no sign of life for this long counts as dead, and what it had as lost."""
+    broker: str | None = None
+    """What the application calls its broker in the record (``patchpilot_broker``), if not by its address."""
 
 
 def application(site: Site, serializer: str = "json") -> Celery:
@@ -61,8 +66,44 @@ def application(site: Site, serializer: str = "json") -> Celery:
         task_routes=(as_recorded,),
         task_publish_retry_policy=_PUBLISH_RETRIES,
         broker_transport_options=options,
+        patchpilot_broker=site.broker,
+        patchpilot_fence="off",  # it runs no tasks, and what watches over them would keep it alive for ever
     )
     return app
+
+
+def site_of(app: Celery, dsn: str | None = None) -> Site:
+    """The site of an application that is at hand, from its own configuration.
+
+    :param dsn: where PostgreSQL is, if not where ``app`` says.
+
+    :raises ImproperlyConfigured: PostgreSQL is configured nowhere, or a setting is wrong.
+    :raises NeedsOperator: its broker is no Redis.
+    """
+    conf, config = app.conf, Config.of(app, dsn)
+    url = conf.broker_read_url
+    url = str((url[0] if isinstance(url, list | tuple) else url) or "").split(";", maxsplit=1)[0]
+    if not url.startswith(("redis://", "rediss://")):
+        raise NeedsOperator("the application's broker is no redis:// or rediss:// URL: there is nothing to recover")
+    return Site(
+        endpoint=_encrypted(url, conf.broker_use_ssl),
+        dsn=config.dsn,
+        key_prefix=(conf.broker_transport_options or {}).get("global_keyprefix") or "",
+        accept_content=tuple(conf.accept_content),
+        claim_lease=config.claim_lease,
+        broker=conf.get(BROKER),
+    )
+
+
+def _encrypted(url: str, options: Any) -> str:
+    """``url`` with what ``broker_use_ssl`` says."""
+    if not options:
+        return url
+    given = {key: value for key, value in (options if isinstance(options, Mapping) else {}).items() if value}
+    names = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional", ssl.CERT_REQUIRED: "required"}
+    query = urlencode({key: names.get(value, value) for key, value in given.items()})
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(scheme="rediss", query="&".join(filter(None, (parts.query, query)))))
 
 
 def _verified(endpoint: str) -> str:

@@ -42,13 +42,18 @@ class Asking:
     """Asks the workers of one site.
 
     :param stale: a worker that gave no sign of life for this long counts as dead.
+    :param brokers: the names of the site's broker. Workers of other brokers, on the same record, are none of ours.
     """
 
-    def __init__(self, database: Database, app: Celery, clock: Clock, stale: timedelta) -> None:
+    def __init__(
+        self, database: Database, app: Celery, clock: Clock, stale: timedelta, brokers: Collection[str]
+    ) -> None:
         self._database = database
         self._app = app
         self._clock = clock
         self._stale = stale
+        self._brokers = brokers
+        self._heard: set[str] = set()
 
     def ask(self, command: str, arguments: Mapping[str, Any] | None = None, *, everybody: bool = False) -> Answers:
         """Ask every worker.
@@ -87,9 +92,13 @@ class Asking:
         return found
 
     def alive(self) -> dict[str, str]:
-        """The workers that give a sign of life: instance -> name."""
+        """The workers of our broker that give a sign of life: instance -> name.
+
+        A worker that answered is on it, by whatever name; so may be one that does not say which broker it is on.
+        """
         rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
-        return {row["instance"]: row["name"] for row in rows if row["alive"]}
+        ours = (row for row in rows if row["broker"] in (None, *self._brokers) or row["instance"] in self._heard)
+        return {row["instance"]: row["name"] for row in ours if row["alive"]}
 
     def _broadcast(self, command: str, arguments: dict[str, Any], answers: Answers) -> _Heard:
         # A connection of its own each time: a pooled one may lead to where the primary was.
@@ -103,6 +112,7 @@ class Asking:
             if isinstance(answer, dict) and "instance" in answer:
                 answers.by_instance[answer["instance"]] = answer
                 heard.instances.add(answer["instance"])
+                self._heard.add(answer["instance"])
             else:
                 answers.puzzled.add(name)
                 heard.names.add(name)

@@ -38,7 +38,7 @@ class Workers:
         self._clock = clock
         self._stale = stale
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker)
         self._apps: dict[str, Celery] = {}
 
     def __enter__(self) -> Self:
@@ -62,7 +62,7 @@ class Workers:
         :param queues: queues to look at, beside those that are consumed and those that messages were sent to.
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
-        asking = Asking(self._database, self._app("json"), self._clock, self._stale)
+        asking = Asking(self._database, self._app("json"), self._clock, self._stale, self._broker.names())
         answers = asking.ask(COMMAND)
         proofs = {row["instance"]: row["canary"] for row in self._database.fetch(SQL["proofs"])}
         alive = {**asking.alive(), **answers.silent}

@@ -11,6 +11,7 @@ import redis
 
 from patchpilot.backend.canary import queue_of
 from patchpilot.backend.config import CANARY
+from patchpilot.broker_name import NAMES
 from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -70,8 +71,8 @@ def rows(database: Database) -> dict[str, int]:
 
 
 def keys(broker: redis.Redis) -> set[str]:
-    """What is in Valkey, less what remote control leaves there, and how many messages are unacknowledged."""
-    names = {name for key in broker.scan_iter() if "pidbox" not in (name := key.decode())}
+    """What is in Valkey, less what remote control and workers leave there, and how many messages are unacknowledged."""
+    names = {name for key in broker.scan_iter() if "pidbox" not in (name := key.decode()) and name != NAMES}
     return {name if name != "unacked" else f"{broker.hlen(name)} unacked" for name in names}
 
 

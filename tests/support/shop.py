@@ -37,7 +37,7 @@ app.conf.update(
 )
 app.conf.update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))
 if os.environ.get("SHOP_STOCK") != "1":
-    patchpilot.install(app)
+    patchpilot.install(app, recover=os.environ.get("SHOP_RECOVER") == "1")
 
 
 def write(line: str) -> None:

@@ -54,3 +54,17 @@ def test_every_setting_is_documented() -> None:
     settings -= {config.MESSAGE_ID, config.CALLBACK_OF, config.FOLLOWS}
     table = (ROOT / "docs" / "promise.md").read_text(encoding="utf-8")
     assert [name for name in sorted(settings) if f"| `{name}` |" not in table] == []
+
+
+def test_every_metric_and_every_event_is_documented() -> None:
+    from patchpilot.cli import watch
+    from patchpilot.cli.monitor import Metrics
+
+    page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`(patchpilot_recovery_\w+?)(?:_total)?[`{]", page)) - {
+        "patchpilot_recovery_min_age", "patchpilot_recovery_every",
+    }  # fmt: skip
+    assert documented == {metric.name for metric in Metrics().registry.collect()}
+    events = set(re.findall(r'"event": "([\w ]+)"', Path(watch.__file__).read_text(encoding="utf-8")))
+    assert events
+    assert [event for event in events if f"`{event}`" not in page] == []

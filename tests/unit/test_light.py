@@ -19,15 +19,31 @@ def test_the_package_alone_loads_nothing() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["patchpilot.backend", "patchpilot.transport"])
+@pytest.mark.parametrize(
+    "module",
+    # The last one is loaded by every `celery` command.
+    ["patchpilot.backend", "patchpilot.transport", "patchpilot.recovery.step", "patchpilot.cli.celery_command"],
+)
 def test_what_workers_import_loads_neither_the_cloud_nor_the_command_line(module: str) -> None:
     script = (
         f"import sys, {module}\n"
-        "heavy = {'boto3', 'botocore', 'typer', 'moto', 'structlog', 'pydantic', 'patchpilot.engine'}\n"
+        "heavy = {'boto3', 'botocore', 'typer', 'moto', 'structlog', 'pydantic', 'prometheus_client'}\n"
+        "heavy |= {'patchpilot.engine', 'patchpilot.settings'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_a_worker_that_is_asked_to_recover_loads_recovery() -> None:
+    script = (
+        "import sys, celery, patchpilot\n"
+        "app = celery.Celery('light', broker='redis://127.0.0.1:1/0')\n"
+        "patchpilot.install(app, recover=True)\n"
+        "print('patchpilot.recovery' in sys.modules, app.steps['consumer'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False {'patchpilot.recovery.step:Recovering'}"
 
 
 def test_the_backend_is_found_by_its_url() -> None:

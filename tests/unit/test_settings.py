@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.settings import load, parse_duration
+from patchpilot.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from patchpilot.telemetry import mask
+from patchpilot.dsn import mask
 
 
 @pytest.mark.parametrize(

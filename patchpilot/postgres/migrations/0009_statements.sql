@@ -66,17 +66,18 @@ $$;
 CREATE FUNCTION patchpilot.open_chord(
     p_group_id text, p_callback_id text, p_callback_name text, p_callback bytea, p_callback_type text,
     p_callback_encoding text, p_unrecoverable text, p_routes jsonb, p_result_serializer text, p_structure jsonb,
-    p_opener text, p_generating boolean, p_counting text, p_shadow boolean, p_publish_error text, p_task_ids text[]
+    p_opener text, p_generating boolean, p_counting text, p_shadow boolean, p_publish_error text, p_broker text, p_task_ids text[]
 ) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     anew boolean;
 BEGIN
     INSERT INTO patchpilot.chord AS c (
         group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
-        result_serializer, structure, opener, generating, counting, shadow, publish_error
+        result_serializer, structure, opener, generating, counting, shadow, publish_error, broker
     ) VALUES (
         p_group_id, p_callback_id, p_callback_name, p_callback, p_callback_type, p_callback_encoding, p_unrecoverable,
-        p_routes, p_result_serializer, p_structure, p_opener, p_generating, p_counting, p_shadow, p_publish_error
+        p_routes, p_result_serializer, p_structure, p_opener, p_generating, p_counting, p_shadow, p_publish_error,
+        p_broker
     )
     ON CONFLICT (group_id) DO UPDATE SET
         state = 'open', callback_id = EXCLUDED.callback_id, callback_name = EXCLUDED.callback_name,
@@ -84,7 +85,7 @@ BEGIN
         callback_encoding = EXCLUDED.callback_encoding, unrecoverable = EXCLUDED.unrecoverable,
         routes = EXCLUDED.routes, result_serializer = EXCLUDED.result_serializer, structure = EXCLUDED.structure,
         opener = EXCLUDED.opener, generating = EXCLUDED.generating, counting = EXCLUDED.counting,
-        shadow = EXCLUDED.shadow, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
+        shadow = EXCLUDED.shadow, broker = EXCLUDED.broker, publish_error = EXCLUDED.publish_error, created_at = now(), claim_token = NULL,
         size = 0, claim_until = NULL, finish_token = NULL, claims = 0, distrusted = false, swept = false,
         finished_at = NULL
     WHERE c.callback_id <> EXCLUDED.callback_id OR c.opener <> EXCLUDED.opener

@@ -12,10 +12,11 @@ FROM patchpilot.chord WHERE group_id = ANY(%(group_ids)s)
 -- Its parts are counted here from now on. That it has had keys in Valkey is told by the counting.
 INSERT INTO patchpilot.chord (
     group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
-    result_serializer, structure, opener, size, counting, distrusted, created_at
+    result_serializer, structure, opener, size, counting, distrusted, broker, created_at
 ) VALUES (
     %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
-    %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, 'adopted', %(size)s, 'valkey', true, %(since)s
+    %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, 'adopted', %(size)s, 'valkey', true, %(broker)s,
+    %(since)s
 )
 ON CONFLICT (group_id) DO NOTHING
 RETURNING group_id

@@ -4,7 +4,7 @@
 SELECT patchpilot.open_chord(
     %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
     %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(opener)s, %(generating)s, %(counting)s,
-    %(shadow)s, %(publish_error)s, %(task_ids)s
+    %(shadow)s, %(publish_error)s, %(broker)s, %(task_ids)s
 )
 
 -- name: lock

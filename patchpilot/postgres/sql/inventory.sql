@@ -10,6 +10,24 @@ WHERE state IN ('open', 'claimed')
 GROUP BY callback_name
 ORDER BY open DESC, callback_name
 
+-- name: backlog
+SELECT count(*) AS open, coalesce(now() - min(created_at), interval '0') AS oldest,
+       count(*) FILTER (WHERE callback IS NULL) AS unrecoverable
+FROM patchpilot.chord
+WHERE state IN ('open', 'claimed') AND callback_name <> 'patchpilot.canary'
+
+-- name: elsewhere
+-- What is open of other brokers that share this record.
+SELECT broker, sum(chords)::int AS chords, sum(messages)::int AS messages
+FROM (
+    SELECT broker, count(*) AS chords, 0 AS messages FROM patchpilot.chord
+    WHERE state IN ('open', 'claimed') AND broker <> ALL(%(brokers)s::text[]) GROUP BY broker
+    UNION ALL
+    SELECT broker, 0, count(*) FROM patchpilot.outbox WHERE broker <> ALL(%(brokers)s::text[]) GROUP BY broker
+) foreign_work
+GROUP BY broker
+ORDER BY broker
+
 -- name: chord
 SELECT c.group_id, c.state::text, c.callback_id, c.callback_name, c.created_at, c.finished_at, c.claims, c.claim_until,
        c.claim_until < now() AS claim_over, c.publish_error, c.unrecoverable, c.generating, c.counting, c.shadow

@@ -16,9 +16,12 @@ WITH open_chord AS (
                count(*) FILTER (WHERE p.state IS NULL AND r.task_id IS NOT NULL) AS ended,
                count(*) FILTER (WHERE p.state IS NULL AND inner_chord.group_id IS NOT NULL) AS inner_chords
         FROM patchpilot.chord_part p
-        LEFT JOIN patchpilot.result r
-            ON p.state IS NULL AND r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-            AND r.stored_at BETWEEN c.created_at AND now() - %(interrupted_after)s
+        LEFT JOIN LATERAL (
+            SELECT result.task_id FROM patchpilot.result
+            WHERE p.state IS NULL AND result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+              AND result.stored_at BETWEEN c.created_at AND now() - %(interrupted_after)s
+            LIMIT 1
+        ) r ON true
         LEFT JOIN patchpilot.chord inner_chord
             ON p.state IS NULL AND inner_chord.callback_id = p.task_id AND inner_chord.state IN ('open', 'claimed')
         WHERE p.group_id = c.group_id
@@ -28,6 +31,7 @@ WITH open_chord AS (
     ) message ON true
     -- A canary is the pilot's own: it is never stuck, only late, and what is left of it is purged.
     WHERE c.state IN ('open', 'claimed') AND c.callback_name <> 'patchpilot.canary'
+      AND (c.broker IS NULL OR c.broker = ANY(%(brokers)s::text[]))
 )
 SELECT *, now() - progress_at AS age
 FROM open_chord
@@ -47,8 +51,13 @@ SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.
        r.task_id IS NOT NULL OR coalesce(f.finished, false) OR part.returned AS ended,
        coalesce(f.running, false) AS running
 FROM patchpilot.outbox o
-LEFT JOIN patchpilot.result r
-    ON r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+-- With a limit: one look into the index for each message, however many results there are.
+LEFT JOIN LATERAL (
+    SELECT result.task_id FROM patchpilot.result
+    WHERE result.task_id = o.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+      AND result.stored_at >= o.recorded_at
+    LIMIT 1
+) r ON true
 LEFT JOIN LATERAL (
     SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
            bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running
@@ -63,6 +72,7 @@ CROSS JOIN LATERAL (
     ) AS returned
 ) part
 WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+  AND (o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[]))
 ORDER BY o.sent_at, o.message_id
 
 -- name: last_parts
@@ -91,8 +101,12 @@ JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, re
 SELECT p.group_id, p.task_id, r.meta
 FROM patchpilot.chord_part p
 JOIN patchpilot.chord c USING (group_id)
-JOIN patchpilot.result r
-    ON r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= c.created_at
+CROSS JOIN LATERAL (
+    SELECT result.meta FROM patchpilot.result
+    WHERE result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+      AND result.stored_at >= c.created_at
+    LIMIT 1
+) r
 WHERE p.group_id = ANY(%(group_ids)s) AND p.state IS NULL
 
 -- name: record_parts

@@ -1,0 +1,36 @@
+"""Durations as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+LONGEST = timedelta(days=3650)
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration such as ``300ms``, ``0s``, ``5m``, ``1h30m``, ``24h`` or ``7d``.
+
+    :raises ValueError: for anything else, a bare number included: its unit would be a guess.
+    """
+    compact = text.strip()
+    if not compact or _DURATION.sub("", compact):
+        raise ValueError(f"{text!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(compact))
+    if seconds > LONGEST.total_seconds():
+        raise ValueError(f"{text!r} is longer than ten years")
+    return timedelta(seconds=seconds)
+
+
+def ago(span: timedelta) -> str:
+    """A span for a person: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
+    seconds = int(span.total_seconds())
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if minutes < 60:
+        return f"{minutes}m {seconds % 60}s" if minutes < 10 else f"{minutes}m"
+    return f"{hours}h {minutes % 60}m" if hours < 24 else f"{days}d {hours % 24}h"

@@ -1,0 +1,145 @@
+"""When a worker sweeps, without a server: the clock is ours, and what a sweep does is a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from celery import Celery
+
+from patchpilot.clock import FakeClock
+from patchpilot.errors import NeedsOperator, Transient
+from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper
+from patchpilot.recovery.turns import Turn
+from patchpilot.workers.application import site_of
+
+AGE = timedelta(minutes=5)
+SLACK = 30.0
+Answer = tuple[Turn, bool] | Exception
+
+
+class Worker:
+    """A sweeper whose thread does not run: :meth:`until` is the thread."""
+
+    def __init__(self, *answers: Answer, every: timedelta | None = None) -> None:
+        self.clock = FakeClock()
+        self.tries: list[tuple[float, float]] = []
+        """When, and how long after a sweep was due."""
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What happens during a sweep."""
+        self._answers = list(answers)
+        self.sweeper = Sweeper(self._once, Pace(AGE, every), self.clock)
+        self.sweeper._thread = object()  # type: ignore[assignment] - one that has been started
+
+    def _once(self, since: timedelta) -> tuple[Turn, bool]:
+        self.tries.append((self.clock.monotonic(), since.total_seconds()))
+        answer = self._answers.pop(0)
+        self.meanwhile()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def until(self, seconds: float) -> None:
+        while (pause := self.sweeper.try_now()) is not None and self.clock.monotonic() + pause <= seconds:
+            self.clock.sleep(pause)
+        self.clock.sleep(seconds - self.clock.monotonic())
+
+
+def test_once_after_each_connection() -> None:
+    worker = Worker((Turn.OURS, True), (Turn.COVERED, True))
+    worker.until(1000)
+    assert worker.tries == []
+    worker.sweeper.connected()
+    worker.until(2000)
+    assert worker.tries == [(1330, SLACK)]
+    worker.sweeper.connected()
+    worker.until(3000)
+    assert worker.tries[1:] == [(2330, SLACK)]
+
+
+def test_a_connection_that_is_lost_again_postpones() -> None:
+    worker = Worker((Turn.OURS, True))
+    worker.sweeper.connected()
+    worker.until(200)
+    worker.sweeper.connected()
+    worker.until(2000)
+    assert worker.tries == [(530, SLACK)]
+
+
+def test_a_connection_made_during_a_sweep_is_followed_by_another() -> None:
+    worker = Worker((Turn.OURS, True), (Turn.OURS, True))
+    worker.sweeper.connected()
+    worker.meanwhile = worker.sweeper.connected
+    worker.until(400)
+    worker.meanwhile = lambda: None
+    worker.until(5000)
+    assert [at for at, _ in worker.tries] == [330, 660]
+
+
+def test_a_turn_that_is_taken_is_asked_for_again() -> None:
+    """It is due as of the same moment, so that a sweep that began too early does not count."""
+    worker = Worker((Turn.TAKEN, True), (Turn.TAKEN, True), (Turn.OURS, True))
+    worker.sweeper.connected()
+    worker.until(5000)
+    pause = PAUSE.total_seconds()
+    assert worker.tries == [(330, SLACK), (330 + pause, SLACK + pause), (330 + 2 * pause, SLACK + 2 * pause)]
+
+
+@pytest.mark.parametrize("error", [Transient("away"), KeyError("bug")])
+def test_a_sweep_that_fails_is_a_line_in_the_log_and_tried_again(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker(error, (Turn.OURS, True))
+    worker.sweeper.connected()
+    with caplog.at_level("WARNING"):
+        worker.until(5000)
+    assert [at for at, _ in worker.tries] == [330, 330 + PAUSE.total_seconds()]
+    [record] = [it for it in caplog.records if "did not get through" in it.message]
+    assert bool(record.exc_info) is isinstance(error, KeyError)
+
+
+def test_what_could_not_be_settled_is_looked_at_again() -> None:
+    worker = Worker((Turn.OURS, False), (Turn.OURS, True))
+    worker.sweeper.connected()
+    worker.until(5000)
+    assert [at for at, _ in worker.tries] == [330, 660]
+
+
+def test_then_every_so_often_if_it_is_asked_for() -> None:
+    worker = Worker(*[(Turn.OURS, True)] * 3, every=timedelta(hours=1))
+    worker.sweeper.connected()
+    worker.until(9000)
+    assert [at for at, _ in worker.tries] == [330, 3960, 7590]
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "endpoint"),
+    [
+        ("redis://:token@h:1/2", None, "redis://:token@h:1/2"),
+        (["redis://h:1/2", "redis://other:1/2"], None, "redis://h:1/2"),
+        ("redis://h:1/2;redis://other:1/2", None, "redis://h:1/2"),
+        ("redis://h:1/2", True, "rediss://h:1/2"),
+        (
+            "rediss://h:1/2",
+            {"ssl_cert_reqs": "required", "ssl_ca_certs": "/etc/a b.pem"},
+            "rediss://h:1/2?ssl_cert_reqs=required&ssl_ca_certs=%2Fetc%2Fa+b.pem",
+        ),
+    ],
+)
+def test_the_site_of_an_application(url: object, options: object, endpoint: str) -> None:
+    app = Celery("at-hand", set_as_current=False)
+    app.conf.update(
+        broker_url=url, broker_use_ssl=options, patchpilot_postgres="postgresql://h/x", accept_content=["json", "yaml"],
+        broker_transport_options={"global_keyprefix": "shop:"}, patchpilot_broker="orders",
+    )  # fmt: skip
+    site = site_of(app)
+    assert (site.endpoint, site.dsn, site.key_prefix) == (endpoint, "postgresql://h/x", "shop:")
+    assert (site.accept_content, site.broker) == (("json", "yaml"), "orders")
+
+
+def test_an_application_without_redis_has_none() -> None:
+    app = Celery("elsewhere", broker="amqp://h//", set_as_current=False)
+    app.conf.patchpilot_postgres = "postgresql://h/x"
+    with pytest.raises(NeedsOperator, match="nothing to recover"):
+        site_of(app)
