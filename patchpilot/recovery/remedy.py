@@ -18,6 +18,7 @@ from kombu.exceptions import ContentDisallowed, KombuError, OperationalError
 from redis.exceptions import RedisError
 
 from patchpilot.backend.backend import Backend
+from patchpilot.backend.message import Part
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
@@ -94,7 +95,8 @@ class Remedies:
             backend = backends[row["group_id"]]
             try:
                 meta = backend.decode_result(row["meta"])
-                backend.chords.return_part(row["group_id"], row["task_id"], meta["status"], meta["result"])
+                part = Part(row["group_id"], row["task_id"], row["position"])
+                backend.chords.return_part(part, meta["status"], meta["result"])
             except (KombuError, CeleryError) as error:
                 self._complain(by_id[row["group_id"]], _explained(by_id[row["group_id"]], error))
 

@@ -19,6 +19,8 @@ WAIT = 60
 
 TRACKED = Setup("tracked", {"task_track_started": True})
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def gate(station: Station) -> Path:

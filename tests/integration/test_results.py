@@ -33,6 +33,8 @@ RICH = Setup(
     },
 )  # fmt: skip
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def gate(station: Station) -> Path:

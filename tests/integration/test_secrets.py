@@ -25,6 +25,8 @@ from tests.support.shop import add, app
 WAIT = 60
 RIGHT, WRONG = "hunter2", "hunter3"
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture(scope="module")
 def guarded(lab_roster: Roster, lab_directory: Path) -> Iterator[str]:

@@ -18,6 +18,8 @@ OURS = "patchpilot.transport:Transport"
 BROKER_URL = "redis://127.0.0.1:1/0"
 SECRET = "postgresql://u:hunter2@127.0.0.1:1/x"
 
+pytestmark = pytest.mark.backend
+
 
 def make(**options: Any) -> Celery:
     return Celery("somebody", set_as_current=False, **options)

@@ -18,9 +18,13 @@ WITH stored AS (
     SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
     WHERE r.state <> 'SUCCESS'
 ), returned AS (
-    UPDATE patchpilot.chord_part
+    UPDATE patchpilot.chord_part p
     SET state = %(state)s, payload = %(payload)s, returned_at = now()
     WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND state IS NULL
+      AND (position = %(position)s OR NOT EXISTS (
+          SELECT FROM patchpilot.chord_part same
+          WHERE same.group_id = p.group_id AND same.position = %(position)s AND same.task_id = p.task_id
+      ))
 ), ended AS (
     DELETE FROM patchpilot.outbox WHERE message_id = %(message_id)s
 ), run AS (
