@@ -117,6 +117,9 @@ def test_explicit_ids(station: Station) -> None:
     assert result.parent.results[0].id == f"part-{mine}"
     assert outcome(result) == [2, 4]
     assert outcome(app.AsyncResult(f"part-{mine}")) == 2
+    # Twice the same id: each part brings its own result.
+    twice = chord([add.s(1, 1).set(task_id=f"twice-{mine}"), add.s(2, 2).set(task_id=f"twice-{mine}")], note.s())
+    assert outcome(twice.apply_async()) == [2, 4]
     # A UUID in place of a string is as good.
     given = uuid.uuid4()
     assert outcome(add.apply_async((3, 3), task_id=given)) == 6
