@@ -25,7 +25,7 @@ app = Celery("payroll")
 app.conf.update(
     broker_url=os.environ.get("LAB_BROKER", "redis://127.0.0.1:1/0"),
     result_backend=os.environ.get("LAB_BACKEND"),
-    patchpilot_postgres=os.environ.get("LAB_POSTGRES"),
+    patchpilot_database=os.environ.get("LAB_POSTGRES"),
     broker_channel_error_retry=True,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
