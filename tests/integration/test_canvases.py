@@ -82,7 +82,7 @@ def test_what_celery_gives(station: Station, table: str) -> None:
     check(station, TABLES[table])
 
 
-@on(IN_POSTGRES)
+@on(IN_POSTGRES, IN_VALKEY)
 def test_errbacks_on_headers(station: Station, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``task_allow_error_cb_on_chord_header`` an errback of the chord is one of each of its parts too."""
     monkeypatch.setitem(app.conf, "task_allow_error_cb_on_chord_header", True)

@@ -117,20 +117,26 @@ def greetings(node: ValkeyNode) -> int:
     return int(node.ask(lambda client: client.info("commandstats"))["cmdstat_hello"]["calls"])
 
 
-def test_sockets_closed_at_the_failover(away: Shop, replicated: ReplicaSet) -> None:
-    worker = away.worker("-c", "2")
+POOLS = {"prefork": ("-c", "2"), "threads": ("-P", "threads", "-c", "4"), "gevent": ("-P", "gevent", "-c", "10")}
+MOST = ["prefork", *(pytest.param(pool, marks=pytest.mark.slow) for pool in ("threads", "gevent"))]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_sockets_closed_at_the_failover(away: Shop, replicated: ReplicaSet, pool: str) -> None:
+    worker = away.worker(*POOLS[pool])
     carries_on(away, worker, "before")
     with Stream():
         replicated.failover(Windows(write_loss=0.05, endpoint_lag=0.5))
     carries_on(away, worker, "after")
 
 
-def test_half_open_sockets(away: Shop, replicated: ReplicaSet) -> None:
+@pytest.mark.parametrize("pool", MOST)
+def test_half_open_sockets(away: Shop, replicated: ReplicaSet, pool: str) -> None:
     """Packets are dropped in front of the old primary, for connections that exist and for new ones, and for good."""
     old, [new] = replicated.primary, replicated.replicas
     with Link(old.address) as hole:
         replicated.link.retarget(hole.address)
-        worker = away.worker("-c", "2")
+        worker = away.worker(*POOLS[pool])
         carries_on(away, worker, "before")
         with Stream():
             new.await_sync(old)
@@ -142,8 +148,9 @@ def test_half_open_sockets(away: Shop, replicated: ReplicaSet) -> None:
         carries_on(away, worker, "after")
 
 
-def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: ReplicaSet) -> None:
-    worker = away.worker("-c", "2")
+@pytest.mark.parametrize("pool", MOST)
+def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: ReplicaSet, pool: str) -> None:
+    worker = away.worker(*POOLS[pool])
     carries_on(away, worker, "before")
     with Stream():
         asked = greetings(replicated.primary)
@@ -159,6 +166,22 @@ def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: Re
 
     until(moved, seconds=60, what="nobody was left on the demoted node")
     assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "silent"])
+def test_a_worker_stops_when_it_is_told_to_while_its_broker_is_away(
+    away: Shop, replicated: ReplicaSet, silent: bool
+) -> None:
+    """Celery's heartbeat would hold its main loop until the broker is back."""
+    worker = away.worker("-c", "1")
+    carries_on(away, worker, "before")
+    if silent:
+        replicated.link.freeze()
+    else:
+        replicated.link.refuse()
+    until(lambda: "Trying again in" in worker.output(), seconds=60, what="it had noticed, and tried in vain")
+    worker.process.terminate()
+    until(lambda: worker.process.poll() is not None, seconds=60, what="it had stopped")
 
 
 def test_an_acknowledgement_that_fails_does_not_stop_the_worker(away: Shop, replicated: ReplicaSet) -> None:
