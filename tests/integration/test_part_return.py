@@ -5,13 +5,14 @@ The broker is one Valkey and the backend's another one, behind a link: only the 
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
+import redis
 from celery import chord
 from celery.result import AsyncResult
 
@@ -83,15 +84,31 @@ def paused(outpost: Outpost) -> Iterator[None]:
 
 
 @contextmanager
-def asleep(outpost: Outpost) -> Iterator[None]:
-    """Its one thread is busy, as with a large script."""
-    asked = threading.Thread(target=outpost.node.ask, args=(lambda client: client.execute_command("DEBUG SLEEP 4"),))
-    asked.start()
-    yield
-    asked.join()
+def busy(outpost: Outpost) -> Iterator[None]:
+    """Its one thread runs a script that does not end. Everybody else is told so."""
+    outpost.node.ask(lambda client: client.config_set("busy-reply-threshold", 1))
+    with ThreadPoolExecutor(1) as threads, outpost.node.client() as client:
+        script = threads.submit(_run, outpost)
+        until(lambda: _is_busy(client), seconds=WAIT, what="the script ran")
+        yield
+        client.script_kill()
+        assert isinstance(script.exception(WAIT), redis.ResponseError)
 
 
-DISTURBANCES = [refused, frozen, demoted, paused, asleep]
+def _run(outpost: Outpost) -> None:
+    with redis.Redis.from_url(outpost.node.url) as client:
+        client.eval("while true do end", 0)
+
+
+def _is_busy(client: redis.Redis) -> bool:
+    try:
+        client.ping()
+    except redis.ResponseError as error:
+        return "BUSY" in str(error)
+    return False
+
+
+DISTURBANCES = [refused, frozen, demoted, paused, busy]
 
 
 class Held:
