@@ -125,7 +125,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """Wake whoever waits for the result. A hint: they find it in PostgreSQL anyway."""
         try:
             self.client.publish(self.get_key_for_task(task_id), payload)
-        except RedisError as error:
+        except (RedisError, OSError) as error:
             logger.debug("Nobody was notified of the result of %s: %r", task_id, error)
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:

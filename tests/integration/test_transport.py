@@ -339,6 +339,22 @@ def test_every_way_in_which_a_node_says_that_it_is_no_primary_is_a_lost_connecti
         stale.read_response()
 
 
+def test_a_health_check_that_has_to_reconnect_ends(replicated: ReplicaSet) -> None:
+    """It greets the node, and a greeting must not begin with a health check."""
+    address = replicated.link.address
+    params = {"host": address.host, "port": address.port, "health_check_interval": 5, "socket_timeout": 0.3}
+    connection = redis.ConnectionPool(**insisting({**params, "retry_on_timeout": True})).make_connection()
+    connection.connect()
+    replicated.link.freeze()
+    connection.next_health_check = 0
+    with pytest.raises(redis.TimeoutError):
+        connection.send_command("PING")
+    replicated.link.thaw()
+    connection.next_health_check = 0
+    connection.send_command("PING")
+    assert connection.read_response() == b"PONG"
+
+
 def test_a_connection_that_only_notifies_moves_too(replicated: ReplicaSet) -> None:
     """A PUBLISH to a demoted node succeeds, and nobody hears it."""
     address = replicated.link.address
