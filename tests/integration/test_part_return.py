@@ -25,7 +25,7 @@ from tests.support.outpost import Outpost, Outposts
 from tests.support.shop import hold, total
 from tests.support.station import Setup
 
-pytestmark = [pytest.mark.backend, pytest.mark.slow]  # servers go away for as long as anybody waits for them
+pytestmark = pytest.mark.backend
 
 WAIT = 60
 NOW = Window(min_age=timedelta(0))
