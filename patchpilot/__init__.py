@@ -14,8 +14,8 @@ def install(app: Celery, *, recover: bool = False) -> None:
     """Make the workers and producers of ``app`` survive a failover of their broker.
 
     Sets the transport ``patchpilot.transport:Transport`` and, beside it, how long publishing and connecting are
-    retried. What the application sets itself stands, whether before or after this call. Also hides the DSN in
-    ``patchpilot_postgres`` from reports and inspection. Brokers other than ``redis://`` and ``rediss://`` keep theirs.
+    retried. What the application sets itself stands, whether before or after this call. Also hides the DSN, by
+    whatever name it is set, from reports and inspection. Brokers other than ``redis://`` and ``rediss://`` keep theirs.
 
     :param recover: have its workers recover what the broker lost, ``patchpilot_recovery_min_age`` after they have
         connected to it, and then ``patchpilot_recovery_every``, if that is set. One of them at a time.

@@ -113,6 +113,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         return {
             **(nothing if start is None else start.row()),
             "group_id": str(request.group) if in_chord else None,
+            "position": request.group_index or 0,
             "payload": ensure_bytes(self.encode(result)) if in_chord else None,
             "message_id": getattr(request, MESSAGE_ID, None),
         }
@@ -127,7 +128,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """Wake whoever waits for the result. A hint: they find it in PostgreSQL anyway."""
         try:
             self.client.publish(self.get_key_for_task(task_id), payload)
-        except RedisError as error:
+        except (RedisError, OSError) as error:
             logger.debug("Nobody was notified of the result of %s: %r", task_id, error)
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
@@ -218,12 +219,14 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.chords.generated(str(group_id), chord_size)
         # Celery also counts a group at the end of a chain in a header, whose parts return to the chord around it.
         if self.config.counting is Counting.VALKEY and self.outbox.opens(str(group_id)):
-            super().set_chord_size(group_id, chord_size)
+            try:
+                self.counter.expect(group_id, chord_size, self._keys_expire())
+            except RedisError as error:
+                self._distrust(str(group_id), error)
 
     def add_to_chord(self, chord_id: str, result: Any) -> None:
-        self.chords.grow(str(chord_id), str(result.id))
-        if self.config.counting is Counting.VALKEY:
-            self.ensure(lambda: self.client.incr(self.get_key_for_group(chord_id, ".t")), ())
+        if not self.chords.grow(str(chord_id), str(result.id)):
+            super().add_to_chord(chord_id, result)  # sent by a producer that does not use this backend yet
 
     def on_connection_error(self, max_retries: int, exc: Exception, intervals: Any, retries: int) -> Any:
         self.client.connection_pool.disconnect()
@@ -253,19 +256,27 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def _returned(self, request: Any, state: str, result: Any) -> Waiting | None:
         """Record the part, unless that was done together with the task's result."""
+        this = Part(str(request.group), str(request.id), request.group_index or 0)
         if getattr(request, "patchpilot_ended", False):
             part: Waiting | None = request.patchpilot_part
         else:
-            part = self.chords.return_part(str(request.group), str(request.id), state, result)
+            part = self.chords.return_part(this, state, result)
         if part is not None and part.live and part.unforeseen:
-            this = Part(str(request.group), str(request.id), request.group_index or 0)
             part = self.chords.return_unforeseen(this, state, result)
         return part
 
     def _counted(self, request: Any) -> bool:
-        """Count this part in Valkey. True if that may have completed the chord."""
-        member = f"{request.id}:{request.group_index}"
-        return self.counter.add(request.group, member, self._keys_expire())
+        """Count this part in Valkey. True if that may have completed the chord, or if Valkey cannot tell."""
+        try:
+            return self.counter.add(request.group, f"{request.id}:{request.group_index}", self._keys_expire())
+        except RedisError as error:
+            self._distrust(str(request.group), error)
+            return True
+
+    def _distrust(self, group_id: str, error: RedisError) -> None:
+        """Valkey did not take what it should count. PostgreSQL knows it anyway."""
+        self.chords.distrust(group_id)
+        logger.warning("The parts of chord %s are counted in PostgreSQL from here on: %r", group_id, error)
 
     def _keys_expire(self) -> int:
         """The time to live of a chord's keys in seconds; 0 for none. Before Celery 5.7 it was that of results."""

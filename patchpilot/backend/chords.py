@@ -21,7 +21,7 @@ from kombu.utils.encoding import ensure_bytes
 from kombu.utils.functional import LRUCache
 from psycopg.types.json import Jsonb
 
-from patchpilot.backend.config import Config
+from patchpilot.backend.config import Config, Counting
 from patchpilot.backend.finishing import ResultCodec
 from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
@@ -37,9 +37,6 @@ SQL = queries("chords")
 # Chords that this process publishes while a generator produces their header, and the latest that it has. Backends are
 # one a thread and application; a chord, its header and its messages may go by different ones.
 _generated: Any = LRUCache(limit=10_000)
-
-
-Work = Callable[[Connection], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,10 @@ class Opening:
     @property
     def group_id(self) -> str:
         return str(self.row["group_id"])
+
+    def count_in_postgres(self) -> None:
+        """Have its parts counted in PostgreSQL, whatever is configured."""
+        self.row["counting"] = str(Counting.POSTGRES)
 
     def write(self, connection: Connection, publish_error: str | None = None) -> None:
         """Write it and its members down, unless the same chord is on record already."""
@@ -141,27 +142,37 @@ class Chords:
             self._warned.add(name)
             logger.warning("Callback %s does not get what it was sent with: %s", name, stored.flaw)
 
-    def grow(self, group_id: str, task_id: str) -> None:
-        """Add a task to a chord that is under way."""
-        self._database.run(self.growing(group_id, task_id))
+    def distrust(self, group_id: str) -> None:
+        """Count the parts of a chord in PostgreSQL from here on: the count in Valkey is not complete."""
+        opening = self._outbox.opening(group_id)
+        if opening is not None:
+            opening.count_in_postgres()
+        else:
+            self._database.execute(SQL["distrust"], {"group_id": group_id})
+
+    def grow(self, group_id: str, task_id: str) -> bool:
+        """Add a task to a chord that is under way. False if the chord is not in our record."""
+        return self._database.run(self.growing(group_id, task_id))
 
     @staticmethod
-    def growing(group_id: str, task_id: str) -> Work:
+    def growing(group_id: str, task_id: str) -> Callable[[Connection], bool]:
         """What :meth:`grow` writes."""
 
-        def write(connection: Connection) -> None:
+        def write(connection: Connection) -> bool:
             row = {"group_id": group_id, "task_id": task_id}
-            if connection.execute(SQL["lock"], row).fetchone() and connection.execute(SQL["grow"], row).rowcount:
+            known = connection.execute(SQL["lock"], row).fetchone() is not None
+            if known and connection.execute(SQL["grow"], row).rowcount:
                 connection.execute(SQL["grown"], row)
+            return known
 
         return write
 
-    def return_part(self, group_id: str, task_id: str, state: str, result: Any) -> Waiting | None:
+    def return_part(self, part: Part, state: str, result: Any) -> Waiting | None:
         """Record what a header task returned. The first return stands.
 
         :returns: how the chord stands; None if it is not in our record.
         """
-        row = {"group_id": group_id, "task_id": task_id, "state": state, "payload": self.payload(state, result)}
+        row = {**part._asdict(), "state": state, "payload": self.payload(state, result)}
         return waiting(self._database.fetch(SQL["return_part"], row))
 
     def payload(self, state: str, result: Any) -> bytes:
@@ -180,7 +191,7 @@ class Chords:
                 connection.execute(SQL["foresee"], part._asdict())
 
         self._database.run(write)
-        return self.return_part(part.group_id, part.task_id, state, result)
+        return self.return_part(part, state, result)
 
 
 def waiting(rows: Sequence[Row]) -> Waiting | None:

@@ -20,8 +20,9 @@ MESSAGE_ID = "patchpilot_message"
 CALLBACK_OF = "patchpilot_callback_of"
 """Message header: the chord whose callback this message is. Its start is fenced."""
 
-DSN = "patchpilot_postgres"
-"""The setting that says where PostgreSQL is."""
+DSN = ("patchpilot_database", "patchpilot_postgres")
+"""The setting that says where PostgreSQL is, under either name. Whatever is called a database Celery shows nobody, even
+where nothing of ours is loaded yet."""
 
 BROKER = "patchpilot_broker"
 """The setting that names the broker in the record, where its address does not do."""
@@ -92,11 +93,13 @@ def mask(conf: Any, dsn: str | None = None) -> None:
 
     :param dsn: the DSN; what is configured by default. A callable is left alone until somebody calls it.
     """
-    dsn = dsn or conf.get(DSN)
-    if isinstance(dsn, str) and not isinstance(dsn, Masked):
-        for key in conf._to_keys(DSN):
-            if key == DSN or any(key in known for known in conf.maps):
-                conf.changes[key] = Masked.of(dsn)
+    for name in DSN:
+        value = conf.get(name)
+        found = dsn or value
+        if value and isinstance(found, str) and not isinstance(value, Masked):
+            for key in conf._to_keys(name):
+                if key == name or any(key in known for known in conf.maps):
+                    conf.changes[key] = Masked.of(found)
 
 
 @dataclass(frozen=True)
@@ -158,24 +161,25 @@ class Config:
 
 
 def dsn_of(app: Celery) -> str:
-    """The DSN from the setting ``patchpilot_postgres`` (a string, or a function that returns one) or the environment.
+    """The DSN from the setting ``patchpilot_database`` (a string, or a function that returns one) or the environment.
 
     The setting is masked on the way: ``app.conf.humanize()`` and ``celery report`` print every setting.
 
     :raises ImproperlyConfigured: if there is none, or libpq cannot read it.
     """
-    dsn = app.conf.get(DSN) or os.environ.get("PATCHPILOT_POSTGRES")
+    configured = (app.conf.get(name) for name in DSN)
+    dsn = next(filter(None, configured), None) or os.environ.get("PATCHPILOT_POSTGRES")
     if isinstance(dsn, Masked):
         return dsn.dsn
     if callable(dsn):
         dsn = dsn()
     if not dsn:
         raise ImproperlyConfigured(
-            "the patchpilot backend needs PostgreSQL: set patchpilot_postgres in the Celery configuration, "
-            "or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
+            "the patchpilot backend needs PostgreSQL: set patchpilot_database (or patchpilot_postgres) in the Celery "
+            "configuration, or PATCHPILOT_POSTGRES in the environment, to a libpq connection string"
         )
     if not is_readable(str(dsn)):
-        raise ImproperlyConfigured(f"the DSN (patchpilot_postgres, PATCHPILOT_POSTGRES) {MALFORMED}")
+        raise ImproperlyConfigured(f"the DSN (patchpilot_database, PATCHPILOT_POSTGRES) {MALFORMED}")
     mask(app.conf, str(dsn))
     return str(dsn)
 

@@ -39,7 +39,7 @@ SQL = queries("outbox")
 AT_ONCE = 5000
 """How many messages of one header are held in memory and written down at once. Longer headers take several turns."""
 
-Work = Callable[[Connection], None]
+Work = Callable[[Connection], object]
 
 
 class Opening(Protocol):
@@ -47,6 +47,9 @@ class Opening(Protocol):
 
     @property
     def group_id(self) -> str: ...
+
+    def count_in_postgres(self) -> None:
+        """Have its parts counted in PostgreSQL, whatever is configured."""
 
     def write(self, connection: Connection, publish_error: str | None = None) -> None:
         """Write it down."""
@@ -93,7 +96,7 @@ class Outbox:
         journal: Journal = Journal.REQUIRED,
         *,
         shadow: bool = False,
-        run: Callable[[Work], None] | None = None,
+        run: Callable[[Work], object] | None = None,
     ) -> None:
         self._app = app
         self._database = database
@@ -102,7 +105,7 @@ class Outbox:
         self.identity = Identity(app)
         self.foresee: Callable[[Connection, Part], None] = lambda _connection, _part: None
         """Told of each part of a chord that a message will bring, in the transaction that writes the message down."""
-        self._run: Callable[[Work], None] = run or partial(database.run, pipelined=True)
+        self._run: Callable[[Work], object] = run or partial(database.run, pipelined=True)
 
     def install(self) -> None:
         """Put the outbox between the application and its broker. Once; a second call changes nothing."""
@@ -142,7 +145,13 @@ class Outbox:
     def opens(self, group_id: str) -> bool:
         """Whether chord ``group_id`` is being opened here and now."""
         dispatch = _current.get() or _announced.get() or Dispatch()
-        return group_id in dispatch.opened or any(opening.group_id == group_id for opening in dispatch.openings)
+        return group_id in dispatch.opened or self.opening(group_id) is not None
+
+    @staticmethod
+    def opening(group_id: str) -> Opening | None:
+        """Chord ``group_id``, if it is being opened here and now and is not on record yet."""
+        dispatch = _current.get() or _announced.get() or Dispatch()
+        return next((opening for opening in dispatch.openings if opening.group_id == group_id), None)
 
     def publish(self, message: Message, producer: Any) -> None:
         """Publish a message, or hold it back until the dispatch that it belongs to is complete.
@@ -258,7 +267,11 @@ class Outbox:
             except Exception as error:
                 left = messages[number:]
                 if leave and len(self._journalled(left)) == len(left):
-                    logger.warning("%d messages from %s on are left to recovery: %r", len(left), message, error)
+                    chords = sorted({it.callback_of for it in left if it.callback_of})
+                    logger.warning(
+                        "%d messages from %s on are left to recovery%s: %r",
+                        len(left), message, f", callbacks of chords {', '.join(chords)}" if chords else "", error,
+                    )  # fmt: skip
                     return
                 self._withdraw(dispatch, left, error)
                 raise

@@ -157,8 +157,8 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
     def _record_part(self, request: Any, state: str, result: Any, dispatched: bool) -> None:
         payload = ensure_bytes(self.encode(self.encode_result(result, state)))
         row = {
-            "group_id": str(request.group), "task_id": str(request.id), "state": state, "payload": payload,
-            "dispatched": dispatched,
+            "group_id": str(request.group), "task_id": str(request.id), "position": request.group_index or 0,
+            "state": state, "payload": payload, "dispatched": dispatched,
         }  # fmt: skip
         self.recorder.put(lambda connection: _return_part(connection, row))
 

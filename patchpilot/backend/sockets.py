@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -62,6 +61,7 @@ class _Primary(_Connection):  # type: ignore[misc]
         super().__init__(*args, health_check_interval=health_check_interval, **kwargs)
         self.redis_connect_func: Any = _connected
         self.role_known_until = 0.0
+        self.greeting = False
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -74,14 +74,19 @@ class _Primary(_Connection):  # type: ignore[misc]
 
     def check_health(self) -> None:
         """Before a command, as redis-py does; but the role is asked for even on a connection that is never silent."""
+        if self.greeting:  # by a check that reconnects, perhaps: redis-py would check anew, and so on without an end
+            return
         super().check_health()
         if self.health_check_interval and SYSTEM.monotonic() > self.role_known_until:
             _check_role(self)
 
 
 def _connected(connection: Any) -> None:
-    connection.role_known_until = inf  # not in the middle of the handshake
-    connection.on_connect()
+    connection.greeting = True
+    try:
+        connection.on_connect()
+    finally:
+        connection.greeting = False
     _check_role(connection)
 
 

@@ -7,6 +7,7 @@ caller: publishing a task must not fail because a subscription did.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,12 @@ ASK_EVERY = 2.0
 """Seconds after which a waiter that heard nothing asks PostgreSQL."""
 
 
+class _Inside(threading.local):
+    """Whether this thread is in the middle of a call here."""
+
+    calls = 0
+
+
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     """Celery's consumer of result notifications, made safe against a Valkey that goes away."""
 
@@ -34,6 +41,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._let_go: deque[str] = deque()
+        self._inside = _Inside()
 
     @contextmanager
     def reconnect_on_error(self) -> Iterator[None]:
@@ -42,19 +50,30 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
 
     def start(self, initial_task_id: str, **kwargs: Any) -> None:
         self._calmly(lambda: super(ResultConsumer, self).start(initial_task_id, **kwargs))
+        self._give_back()
 
     def consume_from(self, task_id: str) -> None:
-        self._calmly(self._unsubscribe)
+        self._give_back()
         self._calmly(lambda: super(ResultConsumer, self).consume_from(task_id))
+        self._give_back()
 
     def cancel_for(self, task_id: str) -> None:
         # The garbage collector calls this for a result that nobody has any more, perhaps in the middle of another call
-        # here, and some versions of redis-py then wait for their own lock for ever. So the next call does it.
+        # here, and some versions of redis-py then wait for their own lock for ever. So that call does it at its end.
         self._let_go.append(task_id)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while self._let_go and not self._inside.calls:
+            self._calmly(self._unsubscribe)
 
     def _unsubscribe(self) -> None:
         while self._let_go:
-            super().cancel_for(self._let_go.popleft())
+            try:
+                task_id = self._let_go.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            super().cancel_for(task_id)
 
     def _wait_for_pending(self, result: Any, **options: Any) -> Iterator[None]:
         # A set of results is waited for with the backend of the thread that waits. If another thread has sent the
@@ -72,9 +91,11 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         return isinstance(result, AsyncResult) and result._cache is None and result.backend is not self.backend
 
     def drain_events(self, timeout: float | None = None) -> None:
-        self._calmly(self._unsubscribe)
-        if not self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout)):
-            SYSTEM.sleep(min(timeout or 0.1, 0.1))
+        try:
+            if not self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout)):
+                SYSTEM.sleep(min(timeout or 0.1, 0.1))
+        finally:
+            self._give_back()
         now = SYSTEM.monotonic()
         if now - self._asked_at >= ASK_EVERY:
             self._asked_at = now
@@ -90,6 +111,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
                 self.consume_from(task_id)
 
     def _calmly(self, work: Callable[[], Any]) -> bool:
+        self._inside.calls += 1
         try:
             work()
         except (RedisError, OSError, RuntimeError, ImportError) as error:  # ImportError: at the interpreter's end
@@ -104,4 +126,6 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
                 with suppress(RedisError, OSError):
                     pubsub.close()
             return False
+        finally:
+            self._inside.calls -= 1
         return True

@@ -65,7 +65,7 @@ def up(
     say("to use it from a Celery application:")
     emit(f'broker_url = "{info.endpoint}"')
     emit(f'result_backend = "patchpilot+{info.endpoint}"')
-    emit(f'patchpilot_postgres = "{info.postgres}"')
+    emit(f'patchpilot_database = "{info.postgres}"')
     say(f"to patch it:   patchpilot run --cluster broker --config {shlex.quote(info.config)}")
     say(f"to stop it:    patchpilot lab down --dir {shlex.quote(str(directory))}")
 

@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> Exit:
     with ExitStack() as cleanup:
         cleanup.callback(roster.clean)
         cleanup.enter_context(Watchdog(roster))
-        bench = Bench(scratch.python, suite, site, roster)
+        bench = Bench(scratch.python, suite, site, roster, arguments.counting)
         wanted = [side for side in (STOCK, OURS) if arguments.side in (None, side.name)]
         results = [_results(bench, side, directory, scratch, arguments) for side in wanted]
     code = _compare(*results) if len(results) == 2 else _judge(wanted[0], results[0])
@@ -131,6 +131,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reuse", action="store_true", help="keep the results of a whole run with stock Redis, or use those kept"
     )
+    parser.add_argument(
+        "--counting", choices=("postgres", "valkey"), default="postgres",
+        help="where our backend counts the parts of chords [default: %(default)s]",
+    )  # fmt: skip
     parser.add_argument("--celery", metavar="VERSION", default="5.7.0", help="of Celery [default: %(default)s]")
     parser.add_argument("--scratch", metavar="DIR", type=Path, help="the scratch folder [default: one in /tmp or so]")
     return parser.parse_args()

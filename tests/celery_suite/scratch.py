@@ -18,6 +18,9 @@ from patchpilot.errors import NeedsOperator
 
 ROOT = Path(__file__).resolve().parents[2]
 
+COUNTING = "SUITE_COUNTING"
+"""Environment variable of the tests: where our backend counts."""
+
 # What of the sdist is unpacked. Celery itself is not: the one that is tested is the one that pip installs.
 _UNPACKED = ("t/__init__.py", "t/canvas_helpers.py", "t/skip.py", "t/integration/", "pyproject.toml", "requirements/")
 
@@ -28,11 +31,20 @@ _NEEDED = ("pytest", "pytest-rerunfailures", "pytest-subtests", "pytest-timeout"
 _ASKED = re.compile(r"\b(result_backend|TEST_BACKEND)\.startswith\(")
 
 # Some tests rely on the worker that a test before them has started. Alone, or in a second session, there is none.
-_WORKER_FOR_ALL = """
+# Where our backend counts is a setting, and Celery's tests have settings of their own.
+_CONFTEST = f"""
+import os
 import pytest
 
 @pytest.fixture(scope="session", autouse=True)
-def worker_for_all(celery_session_worker):
+def counting(celery_session_app):
+    wanted = os.environ.get("{COUNTING}")
+    if wanted:
+        celery_session_app.conf.patchpilot_counting = wanted
+        assert celery_session_app.backend.config.counting == wanted
+
+@pytest.fixture(scope="session", autouse=True)
+def worker_for_all(counting, celery_session_worker):
     yield
 """
 
@@ -87,7 +99,7 @@ class Scratch:
         changed = sum(_let_run(file) for file in (suite / "t" / "integration").glob("*.py"))
         if not changed:
             raise NeedsOperator(f"Celery {self.version} asks for its backend in a way that is not known here")
-        (suite / "conftest.py").write_text(_WORKER_FOR_ALL, encoding="utf-8")
+        (suite / "conftest.py").write_text(_CONFTEST, encoding="utf-8")
         return suite
 
     def install(self, suite: Path, site: Path) -> None:

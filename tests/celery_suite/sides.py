@@ -16,6 +16,7 @@ from patchpilot.lab.servers import Postgres, ValkeyNode
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.migrate import migrate
 from tests.celery_suite.outcomes import Result, read
+from tests.celery_suite.scratch import COUNTING
 
 MODULES = ("t/integration/test_canvas.py", "t/integration/test_tasks.py")
 
@@ -48,12 +49,14 @@ class Bench:
     :param python: the interpreter that runs Celery's tests.
     :param suite: the unpacked tests.
     :param site: where patchpilot is installed.
+    :param counting: where our backend counts the parts of chords: its setting `patchpilot_counting`.
     """
 
     python: Path
     suite: Path
     site: Path
     roster: Roster
+    counting: str
 
     def run(self, side: Side, directory: Path, selection: Sequence[str]) -> dict[str, Result]:
         """Run a session with a Valkey of its own, broker and backend in one database.
@@ -91,7 +94,7 @@ class Bench:
                 postgres.start()
                 with Database(postgres.dsn) as database:
                     migrate(database)
-                environment["PATCHPILOT_POSTGRES"] = postgres.dsn
+                environment |= {"PATCHPILOT_POSTGRES": postgres.dsn, COUNTING: self.counting}
             yield environment
 
     def _pytest(self, directory: Path, selection: Sequence[str], environment: dict[str, str]) -> int | None:

@@ -23,6 +23,8 @@ from tests.support.shop import add, app, hold
 NOW = Window(min_age=timedelta(0))
 TABLES = ("chord", "chord_part", "outbox", "fence", "result", "remedy")
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def workers(shop: Shop) -> Iterator[Workers]:

@@ -82,7 +82,7 @@ def test_what_celery_gives(station: Station, table: str) -> None:
     check(station, TABLES[table])
 
 
-@on(IN_POSTGRES)
+@on(IN_POSTGRES, IN_VALKEY)
 def test_errbacks_on_headers(station: Station, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``task_allow_error_cb_on_chord_header`` an errback of the chord is one of each of its parts too."""
     monkeypatch.setitem(app.conf, "task_allow_error_cb_on_chord_header", True)
@@ -117,6 +117,9 @@ def test_explicit_ids(station: Station) -> None:
     assert result.parent.results[0].id == f"part-{mine}"
     assert outcome(result) == [2, 4]
     assert outcome(app.AsyncResult(f"part-{mine}")) == 2
+    # Twice the same id: each part brings its own result.
+    twice = chord([add.s(1, 1).set(task_id=f"twice-{mine}"), add.s(2, 2).set(task_id=f"twice-{mine}")], note.s())
+    assert outcome(twice.apply_async()) == [2, 4]
     # A UUID in place of a string is as good.
     given = uuid.uuid4()
     assert outcome(add.apply_async((3, 3), task_id=given)) == 6

@@ -12,6 +12,7 @@ import pytest
 import redis
 from celery import chain, chord
 
+from patchpilot.backend.message import Part
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
@@ -194,7 +195,7 @@ def test_deduplication_does_not_keep_a_redelivered_part_from_healing_its_chord(s
     with Database(shop.dsn) as database:
         [row] = database.fetch("SELECT message_id::text FROM patchpilot.outbox")
         app.backend.store_result(part.id, 2, "SUCCESS")
-        app.backend.chords.return_part(result.parent.id, part.id, "SUCCESS", 2)
+        app.backend.chords.return_part(Part(result.parent.id, part.id, 0), "SUCCESS", 2)
         database.execute(
             "INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until, finished_at) "
             "VALUES (%s, %s, '0/0', gen_random_uuid(), 'gone', now(), now())", [row["message_id"], part.id],

@@ -10,6 +10,7 @@ import pytest
 import redis
 from celery import chord
 
+from patchpilot.backend.message import Part
 from patchpilot.errors import Exit
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
@@ -127,7 +128,7 @@ def test_the_life_of_a_failed_chord_and_of_one_that_nobody_dispatched(shop: Shop
     shop.worker()
     failed.get(timeout=30, propagate=False)
     stranded = chord([add.s(3, 1).set(queue="nobody")], total.s()).apply_async()
-    app.backend.chords.return_part(stranded.parent.id, stranded.parent.results[0].id, "SUCCESS", 4)
+    app.backend.chords.return_part(Part(stranded.parent.id, stranded.parent.results[0].id, 0), "SUCCESS", 4)
     with Database(shop.dsn) as database:
         until(lambda: "FAILURE" in life(database, failed.id).why, seconds=30, what="the chord had failed")
         assert "`patchpilot recover` does" in life(database, stranded.id).why

@@ -5,13 +5,14 @@ The broker is one Valkey and the backend's another one, behind a link: only the 
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
+import redis
 from celery import chord
 from celery.result import AsyncResult
 
@@ -19,20 +20,20 @@ from patchpilot.lab.launch import HOST, Address, free_port
 from patchpilot.lab.processes import until
 from patchpilot.lab.roster import Roster
 from patchpilot.recovery import Applied, Recovery, Site, Window
-from tests.support.extras import mourner
+from tests.support.extras import grows_behind, mourner
 from tests.support.outpost import Outpost, Outposts
 from tests.support.shop import hold, total
 from tests.support.station import Setup
 
-pytestmark = [pytest.mark.backend, pytest.mark.slow]  # servers go away for as long as anybody waits for them
+pytestmark = pytest.mark.backend
 
 WAIT = 60
 NOW = Window(min_age=timedelta(0))
 
 PATIENT = Setup("patient", {"patchpilot_counting": "valkey"}, options=("-c", "1"))
-IMPATIENT = Setup("impatient", {"patchpilot_counting": "valkey", "patchpilot_valkey_budget": 1}, options=("-c", "1"))
+IMPATIENT = Setup("impatient", {"patchpilot_counting": "valkey", "patchpilot_valkey_budget": 0.5}, options=("-c", "1"))
 IN_POSTGRES = Setup("in_postgres", {"patchpilot_counting": "postgres"}, options=("-c", "1"))
-HASTY = Setup("hasty", {"patchpilot_counting": "postgres", "patchpilot_postgres_budget": 1}, options=("-c", "1"))
+HASTY = Setup("hasty", {"patchpilot_counting": "valkey", "patchpilot_postgres_budget": 1}, options=("-c", "1"))
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +84,44 @@ def paused(outpost: Outpost) -> Iterator[None]:
 
 
 @contextmanager
-def asleep(outpost: Outpost) -> Iterator[None]:
-    """Its one thread is busy, as with a large script."""
-    asked = threading.Thread(target=outpost.node.ask, args=(lambda client: client.execute_command("DEBUG SLEEP 4"),))
-    asked.start()
-    yield
-    asked.join()
+def busy(outpost: Outpost) -> Iterator[None]:
+    """Its one thread runs a script that does not end. Everybody else is told so."""
+    outpost.node.ask(lambda client: client.config_set("busy-reply-threshold", 1))
+    with ThreadPoolExecutor(1) as threads, outpost.node.client() as client:
+        script = threads.submit(_run, outpost)
+        until(lambda: _is_busy(client), seconds=WAIT, what="the script ran")
+        yield
+        client.script_kill()
+        assert isinstance(script.exception(WAIT), redis.ResponseError)
 
 
-DISTURBANCES = [refused, frozen, demoted, paused, asleep]
+def _run(outpost: Outpost) -> None:
+    with redis.Redis.from_url(outpost.node.url) as client:
+        client.eval("while true do end", 0)
+
+
+def _is_busy(client: redis.Redis) -> bool:
+    try:
+        client.ping()
+    except redis.ResponseError as error:
+        return "BUSY" in str(error)
+    return False
+
+
+DISTURBANCES = [refused, frozen, demoted, paused, busy]
 
 
 class Held:
-    """A chord of one part, which has begun and waits, with errbacks that would tell of a failure."""
+    """A chord of one part, which has begun and waits, with errbacks that would tell of a failure.
 
-    def __init__(self, outpost: Outpost, *, ignore_result: bool = False) -> None:
+    :param grows: whether the part adds another one before it ends.
+    """
+
+    def __init__(self, outpost: Outpost, *, ignore_result: bool = False, grows: bool = False) -> None:
         self._gate = outpost.station.shop.directory / f"gate-{uuid.uuid4()}"
-        self.result = chord(
-            [hold.s(5, str(self._gate)).set(ignore_result=ignore_result)], total.s().on_error(mourner.s())
-        ).apply_async()
+        self._more = ["add 5 10", "total 20"] if grows else ["total 5"]
+        part = (grows_behind if grows else hold).s(5, str(self._gate)).set(ignore_result=ignore_result)
+        self.result = chord([part], total.s().on_error(mourner.s())).apply_async()
         self.part: AsyncResult = self.result.parent.results[0]
         until(lambda: "hold began" in outpost.station.ledger(), seconds=WAIT, what="the part had begun")
         outpost.listen()
@@ -116,10 +136,23 @@ class Held:
 
     def check(self, outpost: Outpost) -> None:
         """Everything went as if nothing had happened."""
-        assert self.result.get(timeout=WAIT) == 5
+        assert self.result.get(timeout=WAIT) == (20 if len(self._more) > 1 else 5)
         outpost.station.await_silence()
         written = [line for line in outpost.station.ledger() if not line.startswith("start ")]
-        assert written == ["hold began", "hold ended", "total 5"]
+        assert written == ["hold began", "hold ended", *self._more]
+        assert (self.part.state, self.part.result) == ("SUCCESS", 5)
+
+
+def counted(outpost: Outpost, held: Held) -> str:
+    """Where the chord is counted by now."""
+    sql = "SELECT counting, distrusted FROM patchpilot.chord WHERE group_id = %s"
+    [row] = outpost.station.database.fetch(sql, [held.group_id])
+    return "postgres" if row["distrusted"] else str(row["counting"])
+
+
+def let_expire(outpost: Outpost) -> None:
+    """Forget the keys of a chord that ended while nobody could remove them."""
+    outpost.node.ask(lambda client: client.flushall())
 
 
 def recover(outpost: Outpost) -> tuple[Applied, ...]:
@@ -142,9 +175,9 @@ def test_a_part_return_is_tried_again(outpost: Outpost, disturbance: Callable[[O
     held = Held(outpost)
     with disturbance(outpost):
         held.end()
-        outpost.await_word(f"counting a part of chord {held.group_id} is tried again")
+        outpost.await_word(f"counting the parts of chord {held.group_id} is tried again")
     held.check(outpost)
-    assert (held.part.state, held.part.result) == ("SUCCESS", 5)
+    assert counted(outpost, held) == "valkey"
 
 
 @on(PATIENT)
@@ -152,8 +185,9 @@ def test_a_part_without_a_result_is_tried_again(outpost: Outpost) -> None:
     held = Held(outpost, ignore_result=True)
     with refused(outpost):
         held.end()
-        outpost.await_word(f"counting a part of chord {held.group_id} is tried again")
-    held.check(outpost)
+        outpost.await_word(f"counting the parts of chord {held.group_id} is tried again")
+    assert held.result.get(timeout=WAIT) == 5
+    outpost.station.await_silence()
 
 
 @on(PATIENT)
@@ -166,22 +200,49 @@ def test_connections_that_were_dropped_are_opened_again(outpost: Outpost) -> Non
 
 @on(IMPATIENT)
 @pytest.mark.parametrize("disturbance", [refused, frozen, demoted], ids=lambda it: it.__name__)
-def test_a_part_return_that_cannot_be_counted_is_left_to_recovery(
+def test_a_part_that_valkey_does_not_count_in_time_is_counted_in_postgresql(
     outpost: Outpost, disturbance: Callable[[Outpost], Iterator[None]]
 ) -> None:
     held = Held(outpost)
     with disturbance(outpost):
         held.end()
-        outpost.await_word(f"Chord {held.group_id} is left to recovery, from part {held.part.id} on")
-        assert held.part.state == "SUCCESS"
-        assert outpost.station.left_over()["open chords"] == [{"group_id": held.group_id}]
-    [applied] = recover(outpost)
-    assert (applied.id, applied.diagnosis) == (held.group_id, "part-return-lost")
-    outpost.node.ask(
-        lambda client: client.flushall()
-    )  # recovery sees to the keys in the broker's Valkey; here it is another
+        outpost.await_word(f"The parts of chord {held.group_id} are counted in PostgreSQL from here on")
+        until(lambda: "total 5" in outpost.station.ledger(), seconds=WAIT, what="its callback ran meanwhile")
+    let_expire(outpost)
     held.check(outpost)
-    assert (held.part.state, held.part.result) == ("SUCCESS", 5)
+
+
+@on(IMPATIENT)
+def test_a_chord_is_sent_and_grows_while_valkey_is_away(outpost: Outpost) -> None:
+    """Whoever sends it, or adds to it, hears nothing of that."""
+    with refused(outpost):
+        held = Held(outpost, grows=True)
+        assert counted(outpost, held) == "postgres"
+        held.end()
+        until(lambda: "total 20" in outpost.station.ledger(), seconds=WAIT, what="its callback ran meanwhile")
+    held.check(outpost)
+
+
+@on(PATIENT)
+def test_a_chord_that_grows_is_counted_in_postgresql(outpost: Outpost) -> None:
+    """Growing twice by the same task is growing once, and Valkey counts what it is told."""
+    held = Held(outpost, grows=True)
+    assert counted(outpost, held) == "valkey"
+    held.end()
+    held.check(outpost)
+    assert counted(outpost, held) == "postgres"
+
+
+@on(IN_POSTGRES)
+@pytest.mark.parametrize("disturbance", DISTURBANCES, ids=lambda it: it.__name__)
+def test_a_part_that_postgresql_counts_needs_no_valkey(
+    outpost: Outpost, disturbance: Callable[[Outpost], Iterator[None]]
+) -> None:
+    held = Held(outpost)
+    with disturbance(outpost):
+        held.end()
+        until(lambda: "total 5" in outpost.station.ledger(), seconds=WAIT, what="its callback ran meanwhile")
+    held.check(outpost)
 
 
 @on(IN_POSTGRES)
@@ -193,7 +254,6 @@ def test_postgresql_and_valkey_go_away_together(outpost: Outpost) -> None:
         outpost.await_word("PostgreSQL is away, trying again")
         outpost.postgres.start()
         held.check(outpost)
-    assert (held.part.state, held.part.result) == ("SUCCESS", 5)
 
 
 @on(HASTY)

@@ -33,6 +33,8 @@ RICH = Setup(
     },
 )  # fmt: skip
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def gate(station: Station) -> Path:
@@ -76,7 +78,14 @@ def test_a_waiter_learns_from_postgresql_what_no_notification_told(
     assert waiter.result(WAIT) == 8
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["a backend a thread", "one backend"])
+@pytest.mark.parametrize(
+    "safe",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.skipif(not SINCE_5_7, reason="before Celery 5.7 one waits for a task")),
+    ],
+    ids=["a backend a thread", "one backend"],
+)
 def test_many_threads_wait_at_once(
     station: Station, gate: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, safe: bool
 ) -> None:
@@ -107,7 +116,7 @@ def test_many_threads_wait_at_once(
 def test_a_task_that_nobody_sent_is_pending(station: Station) -> None:
     result = app.AsyncResult(str(uuid.uuid4()))
     assert (result.state, result.ready(), result.result, result.traceback) == ("PENDING", False, None, None)
-    assert not result.exists()
+    assert not SINCE_5_7 or not result.exists()
     with pytest.raises(CeleryTimeoutError):
         result.get(timeout=0.1)
 
@@ -120,7 +129,8 @@ def test_ready_and_its_kin(station: Station, gate: Path) -> None:
     assert (failed.ready(), failed.failed(), failed.successful(), failed.state) == (True, True, False, "FAILURE")
     gate.touch()
     until(held.ready, seconds=WAIT, what="it was ready")
-    assert (held.successful(), held.result, held.exists()) == (True, 1, True)
+    assert (held.successful(), held.result) == (True, 1)
+    assert not SINCE_5_7 or held.exists()
 
 
 @pytest.mark.parametrize("join", ["join", "join_native", "get"])
@@ -261,6 +271,8 @@ def test_ignored_results(station: Station) -> None:
 def test_a_saved_group(station: Station) -> None:
     results = group(add.s(1, 1), chain(add.s(2, 2), add.s(1))).delay()
     results.save()
+    if not SINCE_5_7:  # of several results of one task, only the first one is told while it waits
+        assert results.get(timeout=WAIT) == [2, 5]
     restored = GroupResult.restore(results.id, app=app)
     assert restored == results
     assert [child.id for child in restored.results] == [child.id for child in results.results]

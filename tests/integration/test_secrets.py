@@ -13,6 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from patchpilot.backend.config import DSN
 from patchpilot.lab.processes import until
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import Postgres
@@ -24,6 +25,8 @@ from tests.support.shop import add, app
 
 WAIT = 60
 RIGHT, WRONG = "hunter2", "hunter3"
+
+pytestmark = pytest.mark.backend
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,8 @@ def guarded(lab_roster: Roster, lab_directory: Path) -> Iterator[str]:
 def shop(
     lab_roster: Roster, tmp_path: Path, valkey: str, guarded: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Shop]:
-    monkeypatch.setitem(app.conf, "patchpilot_postgres", None)
+    for name in DSN:
+        monkeypatch.setitem(app.conf, name, None)
     with shop_on(lab_roster, tmp_path, valkey, guarded.format(RIGHT), monkeypatch) as opened:
         yield opened
 

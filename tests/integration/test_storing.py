@@ -15,6 +15,7 @@ from celery import chord
 from celery.exceptions import ChordError
 from kombu.exceptions import EncodeError
 
+from patchpilot.backend.message import Part
 from patchpilot.backend.storing import store
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
@@ -66,8 +67,8 @@ def test_one_that_cannot_be_stored_is_on_record_with_the_reason_and_the_place(
     assert (missing, error) == (True, None)
     assert f"Chord {result.parent.id} cannot be recovered: its callback {note.name}: {why}" in caplog.text
     app.backend.client.delete("celery")
-    for part in result.parent.results:
-        app.backend.chords.return_part(result.parent.id, part.id, "SUCCESS", 1)
+    for place, part in enumerate(result.parent.results):
+        app.backend.chords.return_part(Part(result.parent.id, part.id, place), "SUCCESS", 1)
     with Recovery(Site(shop.broker, shop.dsn)) as recovery:
         [found] = [it for it in recovery.survey(NOW) if it.kind == "chord"]
         assert (found.diagnosis, found.curable) == ("unrecoverable", False)

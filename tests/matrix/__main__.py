@@ -15,33 +15,38 @@ from pathlib import Path
 from patchpilot.cli.console import emit, emit_table, say
 from patchpilot.errors import PatchpilotError, Usage
 from tests.matrix.cell import ROOT, Bench, Cell, Outcome
-from tests.matrix.finding import WHEEL, Server, python, server, servers
+from tests.matrix.finding import WHEEL, Server, fetched, missing, python, server, servers
 
 PYTHONS = ("3.11", "3.12", "3.13")
 CELERYS = ("5.4", "5.5", "5.6", "5.7")
-SERVERS = ("Valkey 9", "Valkey 8", "Redis 7")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     pythons = {version: python(version) for version in options.python or PYTHONS}
-    missing = [f"Python {version}" for version, interpreter in pythons.items() if interpreter is None]
+    absent = [f"Python {version}" for version, interpreter in pythons.items() if interpreter is None]
     try:
-        if options.python and missing:
-            raise Usage(f"not found: {', '.join(missing)}")
-        chosen = [server(name) for name in options.server] if options.server else servers()
+        if options.python and absent:
+            raise Usage(f"not found: {', '.join(absent)}")
+        chosen = [server(name) for name in options.server] if options.server else every_server(options.scratch)
     except PatchpilotError as error:
         say(f"matrix: {error}")
         return 2
     if not options.server:
-        missing += [name for name in SERVERS if not any(it.name.startswith(f"{name}.") for it in chosen)]
+        absent += missing(chosen)
     say(f"servers: {', '.join(f'{it.name} ({it.program.name})' for it in chosen)}")
-    say(f"not found, and not tested: {', '.join(missing) or 'nothing'}")
+    say(f"not found, and not tested: {', '.join(absent) or 'nothing'}")
     cells = combine({key: path for key, path in pythons.items() if path}, options.celery, chosen, every=options.every)
     if options.list:
         emit("\n".join(map(str, cells)))
         return 0
-    return run(cells, Bench(options.scratch.absolute(), options.extra, options.pytest), missing)
+    return run(cells, Bench(options.scratch.absolute(), options.extra, options.pytest), absent)
+
+
+def every_server(scratch: Path) -> list[Server]:
+    """Those that are here, and from wheels those that are not."""
+    here = servers()
+    return here + [it for wanted in missing(here) if (it := fetched(wanted, scratch.absolute() / "servers"))]
 
 
 def combine(
@@ -56,7 +61,7 @@ def combine(
     ]
 
 
-def run(cells: Sequence[Cell], bench: Bench, missing: Sequence[str] = ()) -> int:
+def run(cells: Sequence[Cell], bench: Bench, absent: Sequence[str] = ()) -> int:
     """Run the cells one after the other and print the table. Returns the exit code."""
     rows: list[tuple[object, ...]] = []
     bad = 0
@@ -68,7 +73,7 @@ def run(cells: Sequence[Cell], bench: Bench, missing: Sequence[str] = ()) -> int
         rows.append(_row(cell, outcome))
     emit_table(("python", "server", "celery / kombu / redis-py", "passed", "failed", "skipped", "seconds", ""), rows)
     emit(
-        f"{len(cells) - bad} of {len(cells)} cells passed; not found, and not tested: {', '.join(missing) or 'nothing'}"
+        f"{len(cells) - bad} of {len(cells)} cells passed; not found, and not tested: {', '.join(absent) or 'nothing'}"
     )
     return 1 if bad or not cells else 0
 
@@ -88,13 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--server", nargs="+", metavar="PROGRAM",
         help=f"only these: paths or names, or {WHEEL!r}; otherwise the wheel's, the one that PATCHPILOT_LAB_SERVER\n"
-        "names, and redis-server and valkey-server if they are on the path",
+        "names, redis-server and valkey-server if they are on the path, and for what is missing then other wheels",
     )  # fmt: skip
     parser.add_argument("--with", dest="extra", action="append", default=[], metavar="REQUIREMENT",
                         help="install this as well, like 'kombu==5.4.*'; may be repeated")  # fmt: skip
     parser.add_argument("--every", action="store_true", help="every Python with every server")
     parser.add_argument("--list", action="store_true", help="print the cells and run nothing")
-    parser.add_argument("--scratch", type=Path, default=ROOT / ".matrix", help="where environments and logs go")
+    parser.add_argument(
+        "--scratch", type=Path, default=ROOT / ".matrix", help="where environments, servers and logs go"
+    )
     parser.add_argument("pytest", nargs="*", help="more arguments for pytest, after --")
     return parser
 

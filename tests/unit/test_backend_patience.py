@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from celery import Celery
 
+pytestmark = pytest.mark.backend
+
 
 def patience(url: str = "patchpilot+redis://127.0.0.1:1/0", **settings: Any) -> tuple[float, float]:
     app = Celery("patience", backend=url, set_as_current=False)

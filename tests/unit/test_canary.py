@@ -16,6 +16,8 @@ from patchpilot.postgres.queries import queries
 
 QUEUE = f"{CANARY}.{INSTANCE}"
 
+pytestmark = pytest.mark.backend
+
 
 @pytest.fixture
 def app() -> Celery:

@@ -31,6 +31,8 @@ GOOD = [
     "service=db",
 ]
 
+pytestmark = pytest.mark.backend
+
 
 def said(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))

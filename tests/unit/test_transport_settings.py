@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ from celery import Celery
 from kombu import Connection
 
 import patchpilot
+from patchpilot.backend.config import DSN, dsn_of
 from patchpilot.backend.install import BROKER
 from patchpilot.backend.transport import DEFAULTS, with_defaults
 from patchpilot.transport import Transport
@@ -17,6 +20,8 @@ from patchpilot.transport import Transport
 OURS = "patchpilot.transport:Transport"
 BROKER_URL = "redis://127.0.0.1:1/0"
 SECRET = "postgresql://u:hunter2@127.0.0.1:1/x"
+
+pytestmark = pytest.mark.backend
 
 
 def make(**options: Any) -> Celery:
@@ -93,12 +98,11 @@ def from_django(app: Celery, settings: dict[str, Any]) -> None:
 
 
 def by_old_names(app: Celery, settings: dict[str, Any]) -> None:
-    old = {"task_publish_retry_policy": "CELERY_TASK_PUBLISH_RETRY_POLICY", "patchpilot_postgres": DSN_KEY}
+    old = {"task_publish_retry_policy": "CELERY_TASK_PUBLISH_RETRY_POLICY", **{name: name for name in DSN}}
     app.config_from_object(type("settings", (), {old.get(key, key.upper()): value for key, value in settings.items()}))
     patchpilot.install(app)
 
 
-DSN_KEY = "patchpilot_postgres"
 WAYS = [before, after, after_it_was_read, from_an_object, from_django, by_old_names]
 
 
@@ -122,13 +126,27 @@ def test_install_leaves_what_the_user_has_set(configure: Callable[[Celery, dict[
     assert app.conf.broker_connection_retry_on_startup is True
 
 
+@pytest.mark.parametrize("name", DSN)
 @pytest.mark.parametrize("configure", WAYS)
-def test_install_hides_the_dsn_at_once(configure: Callable[[Celery, dict[str, Any]], None]) -> None:
+def test_install_hides_the_dsn_at_once(configure: Callable[[Celery, dict[str, Any]], None], name: str) -> None:
     app = make()
-    configure(app, {"broker_url": BROKER_URL, DSN_KEY: SECRET})
-    for shown in (app.conf.humanize(), app.conf.humanize(with_defaults=True), repr(app.conf.table())):
+    configure(app, {"broker_url": BROKER_URL, name: SECRET})
+    for shown in (app.conf.humanize(), app.conf.humanize(with_defaults=True), repr(app.conf.table(censored=False))):
         assert "hunter2" not in shown
-    assert app.conf.get(DSN_KEY).dsn == SECRET
+    assert app.conf.get(name).dsn == dsn_of(app) == SECRET
+
+
+def test_the_dsn_is_hidden_where_nothing_of_ours_is_loaded() -> None:
+    script = f"""
+import celery, sys
+app = celery.Celery("user", broker="{BROKER_URL}", backend="patchpilot+{BROKER_URL}")
+app.conf.patchpilot_database = "{SECRET}"
+print(app.conf.humanize(), app.bugreport(), app.conf.table())
+assert not any(name.startswith("patchpilot") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "patchpilot_database" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_a_dsn_that_is_fetched_is_not_fetched_by_install() -> None:

@@ -23,8 +23,14 @@ CROSS JOIN LATERAL (
 WHERE c.group_id = %(group_id)s AND NOT part.grown
 
 -- name: grown
--- Where a generator produces the header, parts are counted as well: not all of them are known before they return.
-UPDATE patchpilot.chord SET size = size + 1 WHERE group_id = %(group_id)s AND (generating OR size > 0)
+-- Where a generator produces the header, parts are counted as well: not all of them are known before they return. A
+-- count in Valkey knows nothing of this part.
+UPDATE patchpilot.chord
+SET size = CASE WHEN generating OR size > 0 THEN size + 1 ELSE size END, distrusted = true
+WHERE group_id = %(group_id)s
+
+-- name: distrust
+UPDATE patchpilot.chord SET distrusted = true WHERE group_id = %(group_id)s AND NOT distrusted
 
 -- name: foresee
 -- Under the chord's lock. A part of a header that a generator produces. Celery numbers parts, but nested groups anew.
@@ -43,11 +49,16 @@ WHERE c.group_id = %(group_id)s AND (c.generating OR c.size > part.count) AND NO
 UPDATE patchpilot.chord SET size = size + %(size)s, generating = false WHERE group_id = %(group_id)s AND generating
 
 -- name: return_part
--- The first return of a part stands. No row: the chord is not in our record.
+-- The first return of a part stands. Parts that share a task id are told apart by their places, but only header tasks
+-- are numbered as we do. No row: the chord is not in our record.
 WITH returned AS (
-    UPDATE patchpilot.chord_part
+    UPDATE patchpilot.chord_part p
     SET state = %(state)s, payload = %(payload)s, returned_at = now()
     WHERE group_id = %(group_id)s AND task_id = %(task_id)s AND state IS NULL
+      AND (position = %(position)s OR NOT EXISTS (
+          SELECT FROM patchpilot.chord_part same
+          WHERE same.group_id = p.group_id AND same.position = %(position)s AND same.task_id = p.task_id
+      ))
 )
 SELECT state IN ('open', 'claimed') AS live, distrusted OR counting = 'postgres' AS counted_here,
        (generating OR size > 0) AND NOT EXISTS (

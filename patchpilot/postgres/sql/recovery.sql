@@ -98,7 +98,7 @@ JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, re
 
 -- name: ended_parts
 -- Parts that are still to come although their task has ended: the return was interrupted.
-SELECT p.group_id, p.task_id, r.meta
+SELECT p.group_id, p.task_id, p.position, r.meta
 FROM patchpilot.chord_part p
 JOIN patchpilot.chord c USING (group_id)
 CROSS JOIN LATERAL (

@@ -10,8 +10,8 @@ WHERE r.state <> 'SUCCESS'
 
 -- name: finish
 CALL patchpilot.end_task(
-    %(task_id)s, %(state)s, %(meta)s, %(expires)s, %(group_id)s, %(payload)s, %(message_id)s,
-    %(scope)s, %(attempt)s, %(owner)s, NULL, NULL, NULL, NULL
+    %(task_id)s, %(state)s, %(meta)s, %(expires)s, %(group_id)s, %(position)s, %(payload)s,
+    %(message_id)s, %(scope)s, %(attempt)s, %(owner)s, NULL, NULL, NULL, NULL
 )
 
 -- name: get

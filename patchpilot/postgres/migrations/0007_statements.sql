@@ -22,7 +22,7 @@ $$;
 -- committed: of parts that return at once, whoever commits last sees all of them, and no row is fought over.
 CREATE PROCEDURE patchpilot.end_task(
     p_task_id text, p_state text, p_meta bytea, p_expires interval,
-    p_group_id text, p_payload bytea,
+    p_group_id text, p_position int, p_payload bytea,
     p_message_id uuid,
     p_scope text, p_attempt text, p_owner uuid,
     INOUT live boolean, INOUT counted_here boolean, INOUT unforeseen boolean, INOUT ready boolean
@@ -46,7 +46,13 @@ BEGIN
         RETURN;
     END IF;
     UPDATE patchpilot.chord_part p SET state = p_state, payload = p_payload, returned_at = now()
-    WHERE p.group_id = p_group_id AND p.task_id = p_task_id AND p.state IS NULL;
+    WHERE p.group_id = p_group_id AND p.task_id = p_task_id AND p.state IS NULL
+      -- A task id that is in a header twice returns once for each place. Where Celery numbers anew, in nested groups, the
+      -- number is not the place.
+      AND (p.position = p_position OR NOT EXISTS (
+          SELECT FROM patchpilot.chord_part same
+          WHERE same.group_id = p_group_id AND same.position = p_position AND same.task_id = p_task_id
+      ));
     SELECT c.state IN ('open', 'claimed'), c.distrusted OR c.counting = 'postgres',
            (c.generating OR c.size > 0) AND NOT EXISTS (
                SELECT FROM patchpilot.chord_part p WHERE p.group_id = p_group_id AND p.task_id = p_task_id
