@@ -151,7 +151,8 @@ def serving(where: tuple[str, int], health: Health, metrics: Metrics) -> Iterato
     thread = threading.Thread(target=server.serve_forever, name="patchpilot-monitor", daemon=True)
     thread.start()
     try:
-        yield f"{where[0]}:{server.server_address[1]}"
+        host = f"[{where[0]}]" if ":" in where[0] else where[0]
+        yield f"{host}:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()

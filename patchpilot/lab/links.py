@@ -140,6 +140,10 @@ class Link:
             self._door.close()
             self._door = None
         await self._drop()
+        # What was accepted a moment before the door was closed is a task of asyncio's own, and aborted when it ends.
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     def _bound(self) -> socket.socket:
         door = socket.socket()

@@ -76,7 +76,7 @@ def test_a_worker_that_knows_the_broker_by_another_name_keeps_what_it_may_have(s
     gate = tmp_path / "gate"
     with Link(Address(host, int(port))) as link:
         alias = f"redis://{link.address}/0"
-        shop.worker("--pool", "solo", SHOP_BROKER=alias)
+        worker = shop.worker("--pool", "solo", SHOP_BROKER=alias)
         result = hold.delay(1, str(gate))
         shop.await_line("hold began")
         with redis.Redis.from_url(shop.broker) as client:
@@ -85,6 +85,7 @@ def test_a_worker_that_knows_the_broker_by_another_name_keeps_what_it_may_have(s
             assert [(it.id, it.diagnosis) for it in recovery.survey(NOW)] == [(result.id, "unknown")]
         gate.touch()
         shop.await_line("hold ended")
+        worker.kill()  # before its link goes
 
 
 def test_what_somebody_published_by_another_name_is_recovered(shop: Shop) -> None:

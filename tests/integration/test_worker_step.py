@@ -17,9 +17,9 @@ from patchpilot.lab.processes import until
 from patchpilot.lab.replicas import ReplicaSet, Windows
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery.turns import Turn, Turns
-from tests.conftest import forget_connections, shop_on
+from tests.conftest import shop_on
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, total
+from tests.support.shop import add, hold, total
 
 pytestmark = pytest.mark.backend
 
@@ -74,7 +74,7 @@ def test_after_a_link_that_was_down_and_past_a_database_that_was_away(shop: Shop
         postgres.retarget(targets[1])
         shop.await_line("total 2", seconds=WAIT)
         assert shop.ledger() == ["add 1 1", "total 2"]
-        forget_connections(app)
+        worker.kill()  # before its links go
 
 
 def test_workers_take_turns(migrated: str) -> None:
