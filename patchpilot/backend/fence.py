@@ -32,7 +32,7 @@ from celery.utils.log import get_logger
 from celery.utils.nodenames import gethostname
 
 from patchpilot.backend.config import FenceMode
-from patchpilot.backend.message import attempt_of, scope_of
+from patchpilot.backend.message import attempt_of, following, scope_of
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
@@ -104,6 +104,7 @@ class Fence:
         @wraps(run)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             request = task.request
+            request.patchpilot_following = following(request)
             scope = self._scope(request)
             if scope is None or request.called_directly or getattr(request, "patchpilot_start", None):
                 return run(*args, **kwargs)

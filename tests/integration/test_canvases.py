@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from celery import chain, chord, group
+from celery import VERSION, chain, chord, group
 from celery.exceptions import ChordError
 from kombu.exceptions import EncodeError
 
@@ -120,6 +120,8 @@ def test_explicit_ids(station: Station) -> None:
     # Twice the same id: each part brings its own result.
     twice = chord([add.s(1, 1).set(task_id=f"twice-{mine}"), add.s(2, 2).set(task_id=f"twice-{mine}")], note.s())
     assert outcome(twice.apply_async()) == [2, 4]
+    if VERSION < (5, 7):
+        return
     # A UUID in place of a string is as good.
     given = uuid.uuid4()
     assert outcome(add.apply_async((3, 3), task_id=given)) == 6
@@ -129,6 +131,8 @@ def test_explicit_ids(station: Station) -> None:
 @on(IN_POSTGRES, IN_VALKEY)
 def test_a_canvas_may_be_applied_again(station: Station) -> None:
     """The second time its tasks have ids of their own, unless it was frozen: then everything has the same ids."""
+    if VERSION < (5, 7):
+        pytest.skip("before Celery 5.7 the second time's messages carry the first one's group id")
     canvas = chord([add.s(1, 1), add.s(2, 2)], note.s())
     assert [outcome(canvas.apply_async()) for _ in range(2)] == [[2, 4], [2, 4]]
     sent_once = chain(add.si(1, 1), add.s(1))

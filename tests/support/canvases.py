@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from celery import chain, chord, group
+from celery import VERSION, chain, chord, group
 
 from tests.support.extras import (
     becomes,
@@ -371,6 +371,11 @@ ERRBACKS_ON_HEADERS = {
         {"add": 2, "fail": 1, "wail": 1},
     ),
 }
+
+if VERSION < (5, 7):  # Celery itself gives something else: an error for the first, and for the others nothing, ever
+    del SIMPLE["empty group in a chain"]
+    del FAILURES["failed part, group body"]
+    del FAILURES["failed part, group body with an errback"]
 
 # Celery never finishes the outer chord of these. Recovery does: its part has ended, and was not returned.
 UNFINISHED = {

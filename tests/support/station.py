@@ -71,6 +71,7 @@ class Station:
                 patch.setattr(task, "serializer", app.conf.task_serializer)
                 patch.setattr(task, "_exec_options", None)
             forget_connections(app)
+            app.set_current()  # before 5.7 Celery asks it for a chain that begins with a chord
             self.begin()
             try:
                 yield
