@@ -6,9 +6,9 @@ import ssl
 
 import pytest
 import redis
-from patchpilot.recovery.application import Site, application, backend_of
 
 from patchpilot.transport import Transport
+from patchpilot.workers.application import Site, application, backend_of
 
 
 @pytest.mark.parametrize(
