@@ -231,7 +231,7 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
 def _covered(header: Header, rule: Rule[Header]) -> tuple[str, ...]:
     """The messages that go with the chord. What is left of a header whose parts are all here is needed by nobody, and
     a chord that is left alone is left alone with its header."""
-    moot = header.complete or header.chord.publish_error is not None or header.chord.claim_live
+    moot = header.complete or header.chord.publish_error is not None
     lost = header.lost if moot or rule.remedy is Remedy.REPUBLISH else ()
     unknown = header.unknown if moot or rule.name == "unknown" else ()
     return tuple(it.message_id for it in (*lost, *unknown))

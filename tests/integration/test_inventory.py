@@ -73,9 +73,6 @@ def test_a_callback_that_was_lost_is_told_though_its_chord_is_not_open(shop: Sho
     told = patchpilot("chords", "--config", config)
     assert f"callback {result.parent.id} ({total.name}): callback-message-lost: " in told.stdout
     assert told.stderr == "no chord is open, 1 stuck\n"
-    assert [it["id"] for it in ask(config)["stuck"]] == [result.parent.id]
-    answer = ask(config, "show", result.id)
-    assert [(it["diagnosis"], it["remedy"]) for it in answer["stuck"]] == [("callback-message-lost", "republish")]
     text = patchpilot("chords", "show", result.id, "--config", config).stdout
     assert "callback-message-lost: the message of " in text
     assert "(remedy: republish)" in text
@@ -83,15 +80,11 @@ def test_a_callback_that_was_lost_is_told_though_its_chord_is_not_open(shop: Sho
 
 def test_what_the_broker_cannot_tell_is_not_known_and_the_rest_is_told(shop: Shop, config: Path) -> None:
     result = chord([add.s(1, 1)], total.s()).apply_async()
-    answer = ask(config, "show", result.id)
-    assert (answer["stuck"], answer["unknown"], answer["over"]) == ([], None, False)
     config.write_text(config.read_text().replace(shop.broker, f"redis://127.0.0.1:{free_port()}/0"))
     answer = ask(config, "show", result.id)
     assert answer["stuck"] == []
     assert "cannot be read" in answer["unknown"]
-    text = patchpilot("chords", "show", result.id, "--config", config).stdout
-    assert "whether anything was lost is not known: the broker at " in text
-    assert "1 of 1 header tasks have not returned" in text
+    assert answer["why"].startswith("1 of 1 header tasks have not returned")
     assert patchpilot("chords", "--config", config).returncode == Exit.RESUME_LATER
 
 
@@ -111,6 +104,7 @@ def test_the_life_of_a_chord_says_why_its_callback_has_not_run(shop: Shop, confi
     shop.worker("-Q", "late", "-c", "1")
     until(lambda: why() == "its callback has run: SUCCESS", seconds=30, what="it had run")
     answer = ask(config, "show", result.id)
+    assert (answer["stuck"], answer["unknown"], answer["over"]) == ([], None, True)
     assert (answer["group_id"], answer["state"], answer["returned"]) == (result.parent.id, "dispatched", 2)
     told = [moment["what"] for moment in answer["moments"]]
     assert told[0].startswith("written down")

@@ -9,13 +9,23 @@ import threading
 from pathlib import Path
 
 from patchpilot.lab.processes import until
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, Shop
 
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without any patchpilot setting, and ``extra``."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PATCHPILOT_")}
     return {**kept, **extra}
+
+
+def configured(shop: Shop) -> Path:
+    """A configuration file for commands that recover what ``shop`` has lost."""
+    path = shop.directory / "patchpilot.toml"
+    path.write_text(
+        f'[postgres]\ndsn = "{shop.dsn}"\n'
+        f'[clusters.broker]\nrole = "broker"\nreplication_group = "b"\nendpoint = "{shop.broker}"\n'
+    )
+    return path
 
 
 def patchpilot(*arguments: str | Path, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:

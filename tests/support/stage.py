@@ -23,6 +23,7 @@ from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Window
 from tests.conftest import forget_connections
 from tests.support import shop as shop_module
+from tests.support.commands import configured, patchpilot
 from tests.support.processes import Shop, Worker
 from tests.support.saboteur import Saboteur, Which
 
@@ -180,6 +181,19 @@ class Stage:
         assert sorted(it.diagnosis for it in done) == sorted(expected), done
         return tuple(done)
 
+    def recover_by_command(self, *expected: str) -> None:
+        """As :meth:`recover`, in a process of its own."""
+        done: list[str] = []
+
+        def enough() -> bool:
+            ran = patchpilot("recover", "--min-age", "0s", "--output", "json", "--config", configured(self.shop))
+            assert ran.returncode == 0, ran.stderr
+            done.extend(it["diagnosis"] for it in json.loads(ran.stdout)["applied"])
+            return len(done) >= len(expected)
+
+        until(enough, seconds=WAIT, what=f"{expected} were remedied, not {done}")
+        assert sorted(done) == sorted(expected)
+
     def survey(self) -> tuple[Finding, ...]:
         with Recovery(Site(self.saboteur.url, self.shop.dsn), stale=timedelta(seconds=4)) as recovery:
             return recovery.survey(NOW)
@@ -220,8 +234,12 @@ class Stage:
                 yield self
             finally:
                 self._clear()
+                waiting = self.app.backend.result_consumer
                 if not self.side.stock:
                     forget_connections(self.app)
+                # Results that are still about would have a word with a server that is gone by then.
+                waiting._pubsub = None
+                waiting.subscribed_to.clear()
 
     def _clear(self) -> None:
         """What one case leaves must not disturb the next one."""

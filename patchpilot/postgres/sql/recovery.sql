@@ -45,10 +45,21 @@ UPDATE patchpilot.chord SET distrusted = true
 WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 
 -- name: messages
--- Every message whose task has not ended, as far as PostgreSQL knows.
+-- Every message whose task has not ended, as far as PostgreSQL knows. Without a result only its part tells that a header
+-- task has ended; it is of this sending if it returned after it.
+WITH part AS (
+    SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at
+    FROM (SELECT DISTINCT group_id FROM patchpilot.outbox WHERE group_id IS NOT NULL) open_group
+    CROSS JOIN LATERAL (
+        SELECT task_id, returned_at FROM patchpilot.chord_part
+        WHERE group_id = open_group.group_id AND returned_at IS NOT NULL
+        OFFSET 0  -- group by group, by their index: never through all that was ever run
+    ) p
+    GROUP BY open_group.group_id, p.task_id
+)
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
        o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
-       r.task_id IS NOT NULL OR coalesce(f.finished, false) OR part.returned AS ended,
+       r.task_id IS NOT NULL OR coalesce(f.finished, false) OR part.task_id IS NOT NULL AS ended,
        coalesce(f.running, false) AS running
 FROM patchpilot.outbox o
 -- With a limit: one look into the index for each message, however many results there are.
@@ -64,13 +75,8 @@ LEFT JOIN LATERAL (
     FROM patchpilot.fence
     WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
 ) f ON true
--- Without a result only its part tells that a header task has ended; it is of this sending if it returned after it.
-CROSS JOIN LATERAL (
-    SELECT EXISTS (
-        SELECT FROM patchpilot.chord_part p
-        WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.returned_at >= o.recorded_at
-    ) AS returned
-) part
+LEFT JOIN part
+    ON part.group_id = o.group_id AND part.task_id = o.task_id AND part.returned_at >= o.recorded_at
 WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
   AND (o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[]))
 ORDER BY o.sent_at, o.message_id
