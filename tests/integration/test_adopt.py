@@ -129,7 +129,7 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize(("late", "unknown"), [("0", 1), ("1", 0)], ids=["acknowledged", "unacknowledged"])
 def test_what_runs_meanwhile_is_counted_when_it_returns(shop: Shop, stock: Stock, late: str, unknown: int) -> None:
-    """Nothing tells of it but the size of its chord, or its message, which is its worker's. And several adopt at once."""
+    """Nothing tells of it but its chord's size, or its message, which is its worker's. And several adopt at once."""
     gate = shop.directory / "gate"
     header = [stock.s("hold", 1, str(gate)), stock.s("add", 1, 1).set(queue="later")]
     result = stock.chord(header, "end")
