@@ -127,12 +127,13 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
     assert len([line for line in ledger if line.startswith("add ")]) == 16
 
 
-def test_what_runs_meanwhile_is_counted_when_it_returns(shop: Shop, stock: Stock, housekeeping: Housekeeping) -> None:
-    """Nothing tells of it while it runs but the size of its chord. And several adopt at once."""
+@pytest.mark.parametrize(("late", "unknown"), [("0", 1), ("1", 0)], ids=["acknowledged", "unacknowledged"])
+def test_what_runs_meanwhile_is_counted_when_it_returns(shop: Shop, stock: Stock, late: str, unknown: int) -> None:
+    """Nothing tells of it but its chord's size, or its message, which is its worker's. And several adopt at once."""
     gate = shop.directory / "gate"
     header = [stock.s("hold", 1, str(gate)), stock.s("add", 1, 1).set(queue="later")]
     result = stock.chord(header, "end")
-    shop.worker("-c", "1")
+    shop.worker("-c", "1", SHOP_ACKS_LATE=late)
     shop.await_line("hold began")
     verdicts: list[Verdict] = []
 
@@ -147,7 +148,7 @@ def test_what_runs_meanwhile_is_counted_when_it_returns(shop: Shop, stock: Stock
         thread.join()
     assert [it.adopted for it in verdicts].count(True) == 1
     [adopted] = [it for it in verdicts if it.adopted]
-    assert (adopted.group_id, adopted.returned, adopted.total, adopted.unknown) == (result.parent.id, 0, 2, 1)
+    assert (adopted.group_id, adopted.returned, adopted.total, adopted.unknown) == (result.parent.id, 0, 2, unknown)
     with Database(shop.dsn) as database:
         assert len(database.fetch("SELECT 1 FROM patchpilot.outbox WHERE group_id = %s", [result.parent.id])) == 1
     gate.touch()
