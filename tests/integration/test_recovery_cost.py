@@ -14,6 +14,7 @@ import redis
 from celery import chord, group
 from psycopg.rows import dict_row
 
+from patchpilot.backend.message import Part
 from patchpilot.clock import SYSTEM
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
@@ -61,7 +62,7 @@ def lose(shop: Shop, number: int) -> int:
     group(add.s(3, 3) for _ in range(number)).apply_async()
     for result in dispatches:
         [part] = result.parent.results
-        app.backend.chords.return_part(result.parent.id, part.id, "SUCCESS", 2)
+        app.backend.chords.return_part(Part(result.parent.id, part.id, 0), "SUCCESS", 2)
     for result in returns:
         app.backend.store_result(result.parent.results[0].id, 2, "SUCCESS")
     with Database(shop.dsn) as database:
@@ -192,7 +193,7 @@ def scans(plan: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 ASKED = [
     *(("recovery", name) for name in queries("recovery")),
-    *(("chords", name) for name in ("ready", "claim", "join", "finish", "release", "return_parts")),
+    *(("chords", name) for name in ("ready", "claim", "join", "finish", "release")),
     *(("inventory", name) for name in ("by_callback", "backlog", "elsewhere")),
     ("canaries", "purge"),
 ]

@@ -10,6 +10,7 @@ import pytest
 import redis
 from celery import chord
 
+from patchpilot.backend.message import Part
 from patchpilot.broker_name import NAMES, name_of_url
 from patchpilot.lab.launch import Address
 from patchpilot.lab.links import Link
@@ -116,7 +117,7 @@ def test_a_callback_is_dispatched_to_the_broker_of_its_chord(
     (tmp_path / "other").mkdir()
     with shop_on(lab_roster, tmp_path / "other", other, shop.dsn, monkeypatch):
         result = chord([add.s(1, 1)], total.s()).apply_async()
-        app.backend.chords.return_part(result.parent.id, result.parent.results[0].id, "SUCCESS", 2)
+        app.backend.chords.return_part(Part(result.parent.id, result.parent.results[0].id, 0), "SUCCESS", 2)
         with Database(shop.dsn) as database:
             database.execute("DELETE FROM patchpilot.outbox")
             database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '1 min'")

@@ -88,10 +88,13 @@ SELECT group_id, task_id FROM (
     SELECT p.group_id, p.task_id, row_number() OVER (PARTITION BY p.group_id ORDER BY p.returned_at DESC NULLS FIRST) AS place
     FROM patchpilot.chord_part p
     JOIN patchpilot.chord c USING (group_id)
-    LEFT JOIN patchpilot.result r
-        ON p.state IS NULL AND r.task_id = p.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-        AND r.stored_at >= c.created_at
-    WHERE p.group_id = ANY(%(group_ids)s) AND (p.state IS NOT NULL OR r.task_id IS NOT NULL)
+    LEFT JOIN LATERAL (
+        SELECT true AS ended FROM patchpilot.result
+        WHERE p.state IS NULL AND task_id = p.task_id AND state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+          AND stored_at >= c.created_at
+        LIMIT 1
+    ) r ON true
+    WHERE p.group_id = ANY(%(group_ids)s) AND (p.state IS NOT NULL OR r.ended)
 ) part
 WHERE place <= 100
 
