@@ -9,127 +9,28 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from celery import Signature, chain, chord, group
 
 from patchpilot.lab.processes import until
-from patchpilot.lab.roster import Roster
-from patchpilot.lab.servers import Postgres
 from patchpilot.postgres.connection import Database
+from tests.support.sent import ADDS, Sent, adds, on, slow, slowly
 from tests.support.stage import (
     OURS,
     STOCK,
     VALKEY,
     WAIT,
-    Side,
     Stage,
     Stages,
-    acknowledged,
     cleaned_up,
     grown,
     part,
-    pop,
     push,
     retried,
     size,
-    written_down,
 )
-
-slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def stages(
-    lab_roster: Roster, tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, migrated_template: str
-) -> Iterator[Stages]:
-    with Stages(lab_roster, tmp_path_factory.mktemp("stages"), postgres_server, migrated_template) as opened:
-        yield opened
-
-
-@pytest.fixture
-def stage(request: pytest.FixtureRequest, stages: Stages) -> Iterator[Stage]:
-    with stages.at(request.param).used() as opened:
-        yield opened
-
-
-def on(*sides: Any) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("stage", sides, indirect=True, ids=str)
-
-
-def slowly(case: Side | str) -> Any:
-    return pytest.param(case, marks=slow, id=str(case))
-
-
-class Sent:
-    """A chord whose tasks and whose callback have queues of their own, and ids that are known before it is sent.
-
-    :param alone: which of its tasks waits in a queue by itself. A worker that loses its connection leaves what it has
-        taken besides unacknowledged, which would be another loss.
-    """
-
-    def __init__(
-        self, stage: Stage, *header: Signature, alone: int | None = None, errback: Signature | None = None
-    ) -> None:
-        self.stage = stage
-        self.parts, self.after, self.alone = stage.queue("parts"), stage.queue("after"), stage.queue("alone")
-        self.ids = [str(uuid.uuid4()) for _ in header]
-        self.callback = str(uuid.uuid4())
-        for place, (task, task_id) in enumerate(zip(header, self.ids, strict=True)):
-            links = task.tasks if hasattr(task, "tasks") else [task]
-            for link in links:
-                link.set(queue=self.alone if place == alone else self.parts)
-            links[-1].set(task_id=task_id)  # a chain's result is that of its last task
-        body = stage.tasks.total().set(queue=self.after, task_id=self.callback)
-        if errback is not None:
-            body = body.on_error(errback)
-        self.canvas = chord(header, body, app=stage.app)
-        self.result: Any = None
-
-    def send(self) -> None:
-        self.result = self.canvas.apply_async()
-
-    def send_and_take_all_but_one(self, *others: str) -> None:
-        """Until nothing is left but the task that waits by itself."""
-        self.send()
-        self.stage.consume(self.parts, *others)
-        self.stage.await_rest(self.alone)
-
-    def send_and_take_parts(self) -> None:
-        """Until the callback waits in its queue."""
-        self.send()
-        self.stage.consume(self.parts)
-        until(lambda: self.stage.waiting(self.after) == 1, seconds=WAIT, what="the callback was sent")
-        self.stage.await_rest(self.after)
-
-    def is_stuck(self, *ledger: str) -> bool:
-        """Nothing goes on by itself: this is what ran, and nothing waits.
-
-        :returns: whether that is the end of it, as there is nothing to recover with.
-        """
-        self.stage.await_rest()
-        assert self.stage.ledger() == sorted(ledger)
-        return self.stage.side.stock
-
-    def is_done(self, *ledger: str, value: int | None = None) -> None:
-        """This is what ran, no more and no less, and recovery has nothing left to do."""
-        for line in ledger:
-            self.stage.await_line(line, ledger.count(line))
-        self.stage.await_rest()
-        assert self.stage.ledger() == sorted(ledger)
-        if value is not None:
-            assert self.result.get(timeout=WAIT) == value
-        self.stage.nothing_to_recover()
-
-
-def adds(stage: Stage, number: int = 3) -> list[Signature]:
-    return [stage.tasks.add(i, i) for i in range(number)]
-
-
-ADDS = ("add 0 0", "add 1 1", "add 2 2")
-
 
 # -- messages -------------------------------------------------------------------------------------------------------
 
@@ -322,148 +223,6 @@ def test_a_lost_clean_up_and_a_part_that_comes_again(stage: Stage) -> None:
     stage.ask(lambda client: client.lpush(sent.parts, again))
     stage.await_line("add 0 0", 2)
     sent.is_done(*ADDS, "add 0 0", "total 6", value=6)  # a header task runs as often as it is delivered
-
-
-# -- deliveries -----------------------------------------------------------------------------------------------------
-
-
-@on(slowly(STOCK), OURS)
-def test_a_lost_acknowledgement_of_a_callback(stage: Stage) -> None:
-    sent = Sent(stage, *adds(stage))
-    sent.send_and_take_parts()
-    with stage.saboteur.losing(acknowledged):
-        stage.consume(sent.after)
-        stage.await_line("total 6")
-    assert not stage.all_acknowledged()
-    if not stage.side.stock:
-        stage.nothing_to_recover()
-    stage.give_back()
-    stage.await_rest()
-    times = 2 if stage.side.stock else 1
-    assert stage.ledger() == sorted((*ADDS, *["total 6"] * times))
-
-
-@slow
-@on(STOCK, OURS)
-def test_a_lost_acknowledgement_of_a_header_task(stage: Stage) -> None:
-    """It runs again, and counts once."""
-    gate = stage.shop.directory / f"gate-{uuid.uuid4()}"
-    sent = Sent(stage, *adds(stage), stage.tasks.hold(3, str(gate)), alone=3)
-    sent.send_and_take_all_but_one()
-    with stage.saboteur.losing(acknowledged):
-        stage.consume(sent.alone)
-    gate.touch()
-    stage.consume(sent.after)
-    stage.await_line("total 9")
-    stage.give_back()
-    stage.await_rest()
-    assert stage.ledger() == sorted((*ADDS, *["hold began", "hold ended"] * 2, "total 9"))
-
-
-@on(slowly(STOCK), OURS)
-def test_a_callback_that_comes_back_because_taking_it_was_lost(stage: Stage) -> None:
-    sent = Sent(stage, *adds(stage))
-    sent.send_and_take_parts()
-    with stage.saboteur.losing(pop(sent.after), acknowledged):
-        stage.consume(sent.after)
-        stage.await_line("total 6")
-    stage.await_rest()
-    times = 2 if stage.side.stock else 1
-    assert stage.ledger() == sorted((*ADDS, *["total 6"] * times))
-    if not stage.side.stock:
-        sent.is_done(*ADDS, "total 6", value=6)
-
-
-@slow
-@on(STOCK, OURS)
-def test_a_header_task_that_comes_back_because_taking_it_was_lost(stage: Stage) -> None:
-    gate = stage.shop.directory / f"gate-{uuid.uuid4()}"
-    sent = Sent(stage, *adds(stage), stage.tasks.hold(3, str(gate)), alone=3)
-    sent.send_and_take_all_but_one()
-    with stage.saboteur.losing(pop(sent.alone), acknowledged):
-        stage.consume(sent.alone)
-    gate.touch()
-    stage.consume(sent.after)
-    stage.await_line("total 9")
-    stage.await_rest()
-    assert stage.ledger() == sorted((*ADDS, *["hold began", "hold ended"] * 2, "total 9"))
-
-
-@on(slowly(STOCK), OURS)
-def test_a_message_that_was_taken_and_could_not_be_written_down(stage: Stage) -> None:
-    """Without any loss of data: the connection went between taking it and writing that down, and so did the message."""
-    sent = Sent(stage, *adds(stage, 1))
-    sent.send()
-    before = stage.worker.output().count("Trying to re-establish the connection")
-    with stage.saboteur.refusing(written_down):
-        stage.consume_without_answer(sent.parts)
-        until(
-            lambda: stage.worker.output().count("Trying to re-establish the connection") > before, seconds=WAIT,
-            what="the worker had noticed",
-        )  # fmt: skip
-    stage.consume(sent.after)
-    if not sent.is_stuck():
-        stage.recover("header-message-lost")
-        sent.is_done("add 0 0", "total 0", value=0)
-
-
-@slow
-@on(STOCK, OURS)
-def test_a_message_that_was_taken_by_a_worker_that_died_and_was_not_written_down(stage: Stage) -> None:
-    """What it had begun died with it, and begins again; what waited behind that was in its memory only."""
-    gate = stage.shop.directory / f"gate-{uuid.uuid4()}"
-    sent = Sent(stage, stage.tasks.hold(3, str(gate)), stage.tasks.add(1, 1), alone=1)
-    sent.send()
-    stage.consume(sent.parts, sent.after)
-    stage.await_line("hold began")
-    with stage.saboteur.losing(written_down, settled=stage.all_acknowledged):
-        stage.consume(sent.alone)
-    stage.new_worker()
-    stage.consume(sent.parts, sent.after, sent.alone)
-    if not sent.is_stuck("hold began"):
-        stage.recover("header-message-lost")
-        gate.touch()
-        sent.is_done(*["hold began"] * 2, "hold ended", "add 1 1", "total 5", value=5)
-
-
-# -- processes that die ---------------------------------------------------------------------------------------------
-
-
-@slow
-@on(STOCK, OURS)
-def test_a_worker_that_is_killed_having_acknowledged_early(stage: Stage) -> None:
-    gate = stage.shop.directory / f"gate-{uuid.uuid4()}"
-    sent = Sent(stage, stage.tasks.hold(3, str(gate)), stage.tasks.add(1, 1), alone=0)
-    sent.send_and_take_all_but_one(sent.after)
-    stage.consume(sent.alone)
-    stage.await_line("hold began")
-    until(stage.all_acknowledged, seconds=WAIT, what="it was acknowledged")
-    stage.new_worker()
-    stage.consume(sent.alone, sent.after)
-    if not sent.is_stuck("hold began", "add 1 1"):
-        stage.recover("header-message-lost")
-        gate.touch()
-        sent.is_done(*["hold began"] * 2, "hold ended", "add 1 1", "total 5", value=5)
-
-
-@slow
-@on(OURS)
-def test_a_worker_that_is_killed_acknowledging_late_and_recovery_whose_own_write_is_lost(stage: Stage) -> None:
-    """The message is given back, that is lost, and it is given back again."""
-    gate = stage.shop.directory / f"gate-{uuid.uuid4()}"
-    sent = Sent(stage, stage.tasks.hold(3, str(gate)), stage.tasks.add(1, 1))
-    stage.new_worker(SHOP_ACKS_LATE="1")
-    sent.send()
-    stage.consume(sent.parts, sent.after)
-    stage.await_line("hold began")
-    stage.new_worker()
-    with stage.saboteur.losing(acknowledged):
-        stage.recover("header-message-lost")
-    assert not stage.all_acknowledged()
-    stage.recover("header-message-lost")
-    gate.touch()
-    stage.consume(sent.parts, sent.after)
-    sent.is_done(*["hold began"] * 2, "hold ended", "add 1 1", "total 5", value=5)
 
 
 # -- failures -------------------------------------------------------------------------------------------------------

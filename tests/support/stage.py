@@ -122,6 +122,8 @@ class Stage:
             mark = uuid.uuid4().hex
             self.tasks.quiet(mark).apply_async()
             self.shop.await_line(f"quiet {mark}", seconds=WAIT)
+        # The mark's own acknowledgement may come after its line, and must not be taken for one that is to be lost.
+        until(self.all_acknowledged, seconds=WAIT, what="the last mark was acknowledged")
 
     def give_back(self) -> None:
         """The visibility timeout of everything that is unacknowledged is over."""
