@@ -12,10 +12,11 @@ as long as what the worker is doing takes. So a worker looks there too, without 
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Collection, Iterable
 from typing import Any
+
+from kombu.utils.eventio import READ, poll
 
 from patchpilot.backend.config import MESSAGE_ID
 from patchpilot.backend.fence import INSTANCE
@@ -89,9 +90,12 @@ def _unread(consumer: Any) -> tuple[bytes, bool]:
 
 
 def _readable(connection: Any) -> bool:
-    poller = select.poll()
-    poller.register(connection, select.POLLIN)
-    return bool(getattr(connection, "pending", int)()) or bool(poller.poll(0))
+    poller = poll()  # kombu's: eventlet takes the standard library's away
+    try:
+        poller.register(connection, READ)
+        return bool(getattr(connection, "pending", int)()) or bool(poller.poll(0))
+    finally:
+        poller.close()
 
 
 def _is_whole(reply: bytes) -> bool:
