@@ -91,7 +91,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
         payload = self.encode(meta)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
         try:
-            if getattr(request, "patchpilot_done", None) == task_id:
+            # Celery 5.5 and older store the error of a chord with a chain for a body under no id, and with no request.
+            if request is not None and getattr(request, "patchpilot_done", None) == task_id:
                 request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
                 request.patchpilot_ended = True
             else:

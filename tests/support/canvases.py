@@ -376,6 +376,10 @@ if VERSION < (5, 7):  # Celery itself gives something else: an error for the fir
     del SIMPLE["empty group in a chain"]
     del FAILURES["failed part, group body"]
     del FAILURES["failed part, group body with an errback"]
+    del FAILURES["failed chord in a chain"]
+    del FAILURES["failed task before a chord"]
+if VERSION < (5, 6):
+    del FAILURES["failed part, chain body"]
 
 # Celery never finishes the outer chord of these. Recovery does: its part has ended, and was not returned.
 UNFINISHED = {
