@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from kombu import pools
 
+from patchpilot.backend.install import _load_backend_first
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import Postgres
 from patchpilot.postgres.connection import Database
@@ -75,15 +76,16 @@ class shop_on:  # noqa: N801 - reads as a statement where it is used
         forget_connections(shop_module.app)
 
 
-def forget_connections(app: object) -> None:
+def forget_connections(app: Any) -> None:
     """Make the application open new connections, to wherever its configuration points next."""
-    backend = app._local.__dict__.pop("backend", None)  # type: ignore[attr-defined]
+    backend = app._local.__dict__.pop("backend", None)
     if backend is not None:
         backend.result_consumer.stop()
         backend.client.connection_pool.disconnect()
         backend.database.close()
     pools.reset()
-    app._pool = None  # type: ignore[attr-defined]
-    app.amqp._producer_pool = None  # type: ignore[attr-defined]
-    app.amqp.__dict__.pop("send_task_message", None)  # type: ignore[attr-defined]
+    app._pool = None
+    app.amqp._producer_pool = None
+    app.amqp.__dict__.pop("send_task_message", None)
     app.__dict__.pop("producer_or_acquire", None)
+    _load_backend_first(app)  # which patchpilot.install had arranged
