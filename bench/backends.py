@@ -166,7 +166,11 @@ def _setup(
             [sys.executable, "-m", "celery", "-A", "bench.application", "worker", "-n", f"bench{number}@h",
              "-l", "INFO", "-c", str(processes), "-Q", "bench", "--without-gossip", "--without-mingle",
              "--without-heartbeat"],
-            env={**os.environ, "TMPDIR": str(directory), "BENCH_SETTINGS": json.dumps(settings), "PYTHONWARNINGS": "ignore"},
+            # A pool leaves folders behind where temporary files go.
+            env={
+                **os.environ, "TMPDIR": str(directory), "BENCH_SETTINGS": json.dumps(settings),
+                "PYTHONWARNINGS": "ignore",
+            },
             stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     identity = roster.add(log.stem, worker.pid)

@@ -27,8 +27,9 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "celery", "-A", "tests.support.shop", "worker", "-n", f"{self.name}@%h",
                  "-l", "INFO", "--without-gossip", "--without-mingle", *(options or ("-c", "2"))],
-                cwd=ROOT, env={**os.environ, "TMPDIR": str(directory), **environment}, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # A pool leaves folders behind where temporary files go.
+                cwd=ROOT, env={**os.environ, "TMPDIR": str(directory), **environment},
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._identity = roster.add(self.name, self.process.pid)
 
