@@ -56,14 +56,16 @@ def others_go_on_while_one_waits_for_postgresql(pool: Pool, shop: Shop) -> None:
     """A task cannot store its result, because somebody has locked the table. The others run meanwhile."""
     with psycopg.connect(shop.dsn) as locker, psycopg.connect(shop.dsn, autocommit=True) as watcher:
         locker.execute("LOCK TABLE patchpilot.result IN ACCESS EXCLUSIVE MODE")
+        # Where all share one connection, a task from before, whose result is known, may still wait for it to clean up.
+        others = range(1, pool.concurrency if pool.children else pool.concurrency - 1)
         results = [note.delay(0)]
         waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
         until(lambda: watcher.execute(waits).rowcount > 0, seconds=30, what="a task waited for PostgreSQL")
-        results += [note.delay(number) for number in range(1, pool.concurrency)]
-        for number in range(1, pool.concurrency):
+        results += [note.delay(number) for number in others]
+        for number in others:
             shop.await_line(f"note {number}")
         locker.rollback()
-    assert [result.get(timeout=WAIT) for result in results] == list(range(pool.concurrency))
+    assert [result.get(timeout=WAIT) for result in results] == [0, *others]
 
 
 def await_connections(shop: Shop, count: int) -> None:
