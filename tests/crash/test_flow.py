@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from patchpilot.clock import FakeClock
-from patchpilot.elasticache.facts import Modification, Unprocessed, UpdateStatus
+from patchpilot.elasticache.facts import Application, Modification, Unprocessed, UpdateStatus
 from patchpilot.engine.journal import Entry, Kind, MemoryJournal, RunRecord
 from patchpilot.engine.requests import Ask, hold
 from patchpilot.engine.runner import Runner
@@ -273,6 +273,141 @@ def stopping(directory: Path, minutes: float, per_node: float = 2) -> Flow:
     flow.world.per_node = per_node * MINUTE
     flow.in_(minutes, lambda: flow.world.ask(Ask.STOP, reason="enough"))
     return flow
+
+
+def stopped_by_hand(flow: Flow) -> None:
+    """A colleague stops the update in the console."""
+    flow.world.stop(UPDATE, GROUP)
+    flow.world.stops.clear()
+
+
+@pytest.mark.parametrize("before", [UpdateStatus.NOT_APPLIED, UpdateStatus.SCHEDULED, UpdateStatus.STOPPED])
+@pytest.mark.parametrize("minutes", [0.2, 1, 3])
+@pytest.mark.parametrize("fails_over", [True, False])
+def test_what_somebody_stops_while_the_run_is_dead_is_not_started_again(
+    tmp_path: Path, before: str, minutes: float, fails_over: bool
+) -> None:
+    flow = Flow(tmp_path)
+    flow.world.change(update=before)
+    flow.world.surprises["applied"] = [Kill("applied")]
+    with pytest.raises(Kill):
+        flow.run()
+    flow.clock.sleep(60 * minutes)
+    stopped_by_hand(flow)
+    if fails_over:
+        flow.world.fail_over(NAMES[2])
+    flow.clock.sleep(3600)
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), flow.world.stops) == ("aborted", 1, [])
+    report = flow.report()
+    assert report["abort"]["by"] == "somebody else"
+    assert report["abort"]["why"].startswith(f"somebody stopped {UPDATE}")
+    assert all(claim["holds"] for claim in report["verification"]["claims"])
+    assert [row["to"] for row in report["failovers"]] == ([NAMES[2]] if fails_over else [])
+    assert [row["id"] for row in report["remedies"]["after"]] == (["chord-0"] if fails_over else [])
+
+
+@pytest.mark.parametrize("moment", ["apply", "throttled"])
+def test_what_somebody_starts_and_stops_between_two_processes_is_not_started_again(tmp_path: Path, moment: str) -> None:
+    """Whether the run had tried already or not."""
+    flow = Flow(tmp_path)
+    if moment == "throttled":
+        flow.world.surprises["apply"] = [Throttled("AWS is throttling us")]
+        flow.crash((Kind.ACTED, "trigger"))
+    else:
+        flow.crash((Kind.INTENDED, "trigger"))
+    flow.world.start()
+    flow.clock.sleep(60)
+    stopped_by_hand(flow)
+    flow.clock.sleep(600)
+    flow.run()
+    assert (flow.outcome, flow.world.applied) == ("aborted", [])
+
+
+def test_what_somebody_stops_in_the_middle_is_recovered_and_verified(tmp_path: Path) -> None:
+    flow = Flow(tmp_path)
+    flow.in_(3, lambda: stopped_by_hand(flow))
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), flow.world.stops) == ("aborted", 1, [])
+    assert ("operation-stopped", True) in substance(flow)["claims"]
+
+
+def test_what_a_colleague_stopped_and_goes_on_with_is_not_stopped_by_this_run(tmp_path: Path) -> None:
+    flow = Flow(tmp_path)
+    flow.in_(3, lambda: stopped_by_hand(flow))
+    flow.in_(4, lambda: flow.world.change(status="modifying"))  # so that it does not look at rest
+    flow.crash((Kind.INTENDED, "stop"))
+    flow.world.change(update=UpdateStatus.IN_PROGRESS)
+    rows = {name: replace(row, status=UpdateStatus.COMPLETE) for name, row in flow.world.now.nodes.items()}
+    flow.in_(5, lambda: flow.world.change(update=UpdateStatus.COMPLETE, status="available", nodes=rows))
+    flow.run()
+    assert (flow.outcome, flow.world.stops) == ("aborted", [])
+
+
+def unlisted(flow: Flow, shown: dict[str, Any]) -> None:
+    """From the request on AWS lists nothing; in the end it shows what the request came to."""
+    actions = flow.world.update_actions
+    flow.world.update_actions = lambda group: (  # type: ignore[method-assign]
+        actions(group) if not flow.world.applied or "again" in shown else ()
+    )
+
+
+def test_superseded_while_aws_lists_nothing_it_can_be_given_up(tmp_path: Path) -> None:
+    flow, shown = Flow(tmp_path), {}
+    unlisted(flow, shown)
+    flow.in_(5, lambda: flow.world.change(update=UpdateStatus.NOT_APPLICABLE, status="available"))
+    flow.in_(6, lambda: shown.update(again=True))
+    assert "patchpilot stop" in flow.refuses(Unsafe)
+    flow.world.ask(Ask.STOP)
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), flow.world.stops) == ("aborted", 1, [])
+    assert flow.report()["update"]["how"] == "requested"
+    assert all(claim["holds"] for claim in flow.report()["verification"]["claims"])
+
+
+def test_what_aws_never_lists_again_can_be_given_up_and_its_failover_is_dealt_with(tmp_path: Path) -> None:
+    flow = Flow(tmp_path)
+    unlisted(flow, {})
+    flow.in_(5, lambda: flow.world.ask(Ask.STOP))
+    began = flow.clock.now()
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), flow.world.stops) == ("aborted", 1, [])
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+    assert [row["id"] for row in flow.report()["remedies"]["after"]] == ["chord-0"]
+    assert flow.clock.now() - began >= 20 * MINUTE  # AWS had ten settling times, and then it was quiet for as long
+    assert ("operation-stopped", True) in substance(flow)["claims"]
+
+
+def test_stopped_by_a_colleague_while_aws_lists_nothing_it_ends_by_itself(tmp_path: Path) -> None:
+    flow, shown = Flow(tmp_path), {}
+    unlisted(flow, shown)
+    flow.in_(1, lambda: stopped_by_hand(flow))
+    flow.in_(8, lambda: shown.update(again=True))
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), flow.world.stops) == ("aborted", 1, [])
+    assert flow.report()["update"]["how"] == "applied"
+
+
+@pytest.mark.parametrize("kind", ["engine-upgrade", "node-type", "test-failover"])
+def test_a_request_of_any_kind_that_comes_to_nothing_can_be_given_up(tmp_path: Path, kind: str) -> None:
+    flow = arranged(tmp_path, kind)
+    accepted = Application("modifying")
+    flow.world.modify = lambda group, change: flow.world.applied.append(flow.clock.now()) or accepted  # type: ignore[method-assign, func-returns-value]
+    flow.world.test_failover = lambda group, node_group: flow.world.modify(group, Modification())  # type: ignore[method-assign]
+    assert "patchpilot stop" in flow.refuses(Unsafe)
+    flow.world.ask(Ask.STOP)
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("aborted", 1)
+    assert flow.report()["abort"]["why"].startswith("stop asked for by ann")
+
+
+def test_an_update_that_is_not_listed_any_more_after_it_ran_can_be_given_up(tmp_path: Path) -> None:
+    flow = Flow(tmp_path)
+    flow.in_(3, lambda: setattr(flow.world, "update_actions", lambda group: ()))
+    flow.in_(4, lambda: flow.world.ask(Ask.STOP))
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("aborted", 1)
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
 
 
 def test_a_request_to_stop_stops_the_update_and_goes_on_to_recovery(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ class State:
     status: str = "available"
     primary: str = NAMES[0]
     update: str = UpdateStatus.NOT_APPLIED
+    modified: datetime | None = None
+    """When ``update`` last changed."""
     nodes: dict[str, NodeUpdate] = field(
         default_factory=lambda: {name: NodeUpdate(name, UpdateStatus.NOT_APPLIED) for name in NAMES}
     )
@@ -147,6 +149,7 @@ class World:
                 nodes=tuple(shown.nodes.values()),
                 nodes_updated=f"{done}/{len(shown.nodes)}",
                 sla_met="yes" if shown.update == UpdateStatus.COMPLETE else "no",
+                modified=shown.modified,
             ),
         )
 
@@ -375,6 +378,8 @@ class World:
         for name, value in what.items():
             assert hasattr(self.now, name)
             setattr(self.now, name, value)
+        if "update" in what:
+            self.now.modified = self.clock.now()
         self._history.append((self.clock.now(), self.now.copy()))
 
     def after(self, time: timedelta, change: Callable[[], None]) -> None:

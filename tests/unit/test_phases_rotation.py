@@ -9,7 +9,7 @@ import pytest
 
 from patchpilot.elasticache.facts import Event, Group, Member, NodeUpdate, UpdateAction
 from patchpilot.engine.plan import Contradicted, NotYet, Observation, Reached, View
-from patchpilot.errors import NeedsOperator, Unsafe
+from patchpilot.errors import Unsafe
 from patchpilot.phases import p3_watch, p4_grace
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.following import Followed
@@ -328,13 +328,11 @@ def twice(shown: UpdateAction, *, apart: float) -> tuple[Observation, Observatio
     return first, looked(watch(10 + apart, dict(first.seen)), shown, group())  # type: ignore[union-attr]
 
 
-def test_an_update_that_somebody_stopped_names_the_command_that_goes_on() -> None:
+def test_an_update_that_somebody_stopped_ends_the_watch_once_that_is_sure() -> None:
     once, again = twice(action("stopped", "complete", "stopped", ratio="1/2"), apart=1)
     assert isinstance(once, NotYet)  # it may be an answer from before it was applied
-    assert isinstance(again, Contradicted)
-    assert isinstance(again.error, NeedsOperator)
-    assert "1/2 nodes" in str(again.error)
-    assert "batch-apply-update-action --service-update-name u --replication-group-ids g" in str(again.error)
+    assert isinstance(again, Reached)
+    assert again.fact["abort"] == {"why": "somebody stopped u (1/2 nodes are updated)", "by": "somebody else"}
     assert all(isinstance(each, NotYet) for each in twice(action("stopped", "complete", "stopped"), apart=0.9))
 
 

@@ -51,7 +51,8 @@ class Observing(Operation):
         return self._of_whatever(baseline, sight)
 
     def _of_update(self, action: UpdateAction | None, sight: Sight) -> Standing:
-        return service_update.standing(action, {member.node for member in sight.group.members}, tried=True)
+        members = {member.node for member in sight.group.members}
+        return service_update.standing(action, members, {"begun": True}, tried=True)
 
     def _of_whatever(self, baseline: Data, sight: Sight) -> Standing:
         signs = new_signs(baseline, sight)
