@@ -23,7 +23,9 @@ def other_goal(desk: Desk, view: View) -> tuple[str, bool, str] | None:
     aborted = bool(view.facts["watch"].get("abort"))
     if kind.kind is Kind.SERVICE_UPDATE and not aborted:
         return None
-    sight = look_around(desk, view.now, since=moment(trigger["since"]), actions=kind.by_actions, nodes=kind.by_nodes)
+    sight = look_around(
+        desk, view.now, since=moment(trigger["since"]), actions=kind.by_actions, nodes=kind.by_nodes, reports=True
+    )
     baseline = {**trigger["baseline"], "begun": True, "followed": rotated(view.facts).get("update")}
     standing = kind.standing(baseline, sight, tried=True)
     holds, evidence = kind.proof(standing, aborted=aborted)

@@ -19,7 +19,6 @@ from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import clock_time, length, noted
 from patchpilot.phases.operations import GIVE_UP, Operation, Sign, Standing, operation
 from patchpilot.phases.proposal import changes, propose
-from patchpilot.phases.rotation import ASTRAY
 from patchpilot.phases.sight import Sight, look_around
 from patchpilot.settings import Runbook
 
@@ -57,14 +56,16 @@ class Apply(Step):
         return {
             "aim": dict(aim),
             "group": sight.group.status,
-            "primary": sight.group.primary,
+            "primary": sight.primary,
+            "aws_primary": sight.group.primary,
+            "heard": sight.said is not None,
             "members": [member.node for member in sight.group.members],
             **self._operation.baseline(aim, sight),
             **_seen_to_stop(view.intent, sight),
         }
 
     def observe(self, view: View) -> Observation:
-        sight = self._look(view.now, (view.intended_at or view.now) - ASTRAY)
+        sight = self._look(view.now, view.intended_at or view.now)
         at = self._operation.standing(view.intent, sight, tried=_tried(view))
         seen = look(view, at, self._desk.runbook, self._operation)
         if isinstance(seen, Reached):
@@ -90,8 +91,9 @@ class Apply(Step):
     def _look(self, now: datetime, since: datetime) -> Sight:
         kind = self._operation
         return look_around(
-            self._desk, now, since=since if kind.by_events else None, actions=kind.by_actions, nodes=kind.by_nodes
-        )
+            self._desk, now, since=since if kind.by_events else None, actions=kind.by_actions, nodes=kind.by_nodes,
+            reports=True,
+        )  # fmt: skip
 
     def _held_back(self, view: View) -> Observation | None:
         """Why the request may not be made, now that all else is ready for it."""

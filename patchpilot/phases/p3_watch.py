@@ -63,8 +63,12 @@ class _Following(Step):
     def _known(self, view: View) -> Data:
         """What was seen before this look; at first, what the trigger left."""
         trigger = view.facts["trigger"]
+        before, since = trigger["baseline"], moment(trigger["since"])
+        begun = Rotation.begin(
+            trigger["primary"], since, aws=before.get("aws_primary"), heard=before.get("heard", False)
+        )
         return view.seen or {
-            "rotation": Rotation.begin(trigger["primary"], moment(trigger["since"])).note(),
+            "rotation": begun.note(),
             "update": trigger["update"],
         }
 

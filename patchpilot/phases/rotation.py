@@ -85,9 +85,10 @@ class Rotation:
     """Who it is as AWS last said, which may lag behind; None while AWS has said nothing but ``primary``."""
     replid: str = ""
     """The replication history of the primary, by its own word."""
-    first: str | None = None
-    """Who it was when the rotation began, and when that was: what made that node the primary is no part of it."""
+    heard: bool = False
+    """Whether the nodes have said who it is: what AWS shows may be older than the rotation."""
     began: datetime | None = None
+    """When the rotation began: what happened before is no part of it, however late it is told or shown."""
     still: datetime | None = field(default=None, compare=False)
     """When the nodes last said that ``primary`` is the primary. Not on record: it would change with every look."""
 
@@ -101,14 +102,19 @@ class Rotation:
             previous=note["previous"],
             aws=note.get("aws"),
             replid=note.get("replid", ""),
-            first=note.get("first"),
+            heard=note.get("heard", False),
             began=moment(note["began"]) if note.get("began") else None,
         )
 
     @classmethod
-    def begin(cls, primary: str | None, since: datetime) -> Rotation:
-        """Nothing has happened yet."""
-        return cls(primary=primary, primary_since=since, first=primary, began=since)
+    def begin(cls, primary: str | None, since: datetime, *, aws: str | None = None, heard: bool = False) -> Rotation:
+        """Nothing has happened yet.
+
+        :param primary: who is the primary.
+        :param aws: who it is as AWS says, which may lag behind.
+        :param heard: whether ``primary`` is by the nodes' own word.
+        """
+        return cls(primary=primary, primary_since=since, aws=aws, heard=heard, began=since)
 
     def note(self) -> dict[str, Any]:
         """As the journal stores it."""
@@ -128,15 +134,22 @@ class Rotation:
         :param events: all events since the baseline. Those seen before may be among them, or missing.
         :param said: who is the primary, by the nodes' own word.
         """
-        known = self.failovers
+        known, before = self.failovers, set()
         for told in filter(None, map(failover, sorted(events))):
-            if told.to != self.first or self.began is None or told.at >= self.began:
+            if self.began is None or told.at >= self.began:
                 known = _add(known, self._possible(told, now))
+            else:
+                before.add(told.to)
         if said is not None:
-            return replace(self, failovers=known, aws=primary or self.aws)._hear(said, now)
+            seen = replace(self, failovers=known, aws=primary or self.aws)
+            if not self.heard and not known and said.node in before:
+                seen = replace(seen, primary=said.node)
+            return replace(seen._hear(said, now), heard=True)
         if primary is None or primary == (self.aws or self.primary) or self._is_stale(primary, now):
             return replace(self, failovers=known)
         heard = replace(self, failovers=known, aws=primary)
+        if primary in before and not known:  # AWS shows only now what was so before the rotation
+            return heard if self.heard else replace(heard, primary=primary)
         return heard if primary == self.primary else heard._moved(primary, now)
 
     def _hear(self, said: Said, now: datetime) -> Rotation:

@@ -154,6 +154,21 @@ def test_what_made_the_first_primary_one_is_no_part_of_the_rotation_however_ofte
     assert [(each.at, each.to) for each in back.failovers] == [(minutes(3), "b"), (minutes(20), "a")]
 
 
+def test_no_failover_from_before_is_part_of_it_however_late_it_is_told_or_shown() -> None:
+    before = [told(-1, "c"), told(-0.5, "b", "c")]
+    stale = Rotation.begin("b", NOON, aws="a", heard=True)  # the nodes said b when AWS still said a
+    silent = stale.follow("a", [], minutes(1)).follow("b", before, minutes(2))
+    assert (silent.failovers, silent.primary) == ((), "b")
+    assert stale.follow("a", before, minutes(1), Said("b")).failovers == ()
+    misled = START.follow("a", [], minutes(1)).follow("b", before, minutes(2))  # no node said anything
+    assert (misled.failovers, misled.primary) == ((), "b")
+    assert START.follow("a", [], minutes(1)).follow("a", before, minutes(2), Said("b")).failovers == ()
+    wrong_clock = stale.follow("a", [], minutes(1)).follow("a", [told(-0.5, "c", "b")], minutes(2), Said("c"))
+    assert [(each.at, each.to) for each in wrong_clock.failovers] == [(minutes(2), "c")]
+    again = misled.follow("c", [*before, told(9, "c", "b")], minutes(10))
+    assert [(each.at, each.to) for each in again.failovers] == [(minutes(9), "c")]
+
+
 def test_an_event_that_is_read_again_after_the_next_failover_keeps_its_date() -> None:
     seen = START.follow("b", [told(3)], minutes(3), Said("b")).follow("b", [told(3)], minutes(5), Said("b"))
     both = [told(3), told(6, "c", "b")]
