@@ -232,6 +232,10 @@ def test_memory_is_read_from_whoever_can_be_asked(situation: Situation) -> None:
     assert said(at(90), "memory").verdict is Verdict.BLOCK
     hidden = {"members": {"a": "no route", "b": "no route"}}
     assert "the primary uses 91 %" in said(at(91, **hidden), "memory").evidence
+    replica = Report("replica", 1, memory=Memory(10, 100))
+    only_the_replica = said(at(99, members={"a": "no route", "b": replica}), "memory")
+    assert only_the_replica.verdict is Verdict.BLOCK
+    assert only_the_replica.evidence == "b uses 10 %; the primary uses 99 %; a: no route"
     silent = at(1, endpoint="silent", **hidden)
     assert said(silent, "memory").verdict is Verdict.UNKNOWN
     cloudwatch = replace(silent, metrics=(Metric(MEMORY, "a", 80.0, NOON), Metric(LAG, "a", 80.0, NOON)))

@@ -274,6 +274,11 @@ def test_it_needs_no_event_to_end() -> None:
         (action("complete", "complete"), "available"),  # one node's row is missing
         (action("complete", ratio="1/2"), "available"),
         (action("complete", ratio="1/1"), "available"),  # of two
+        (action("complete", "complete", ratio="1/2"), "available"),  # one row of two, and the ratio says so, too
+        (action("complete", "complete", ratio="1/1"), "available"),
+        (action("complete", "complete", "complete", ratio="1/2"), "available"),  # they contradict each other
+        (action("complete", "complete", "complete", ratio="1/1"), "available"),
+        (action("complete", "complete", "in-progress", ratio="2/2"), "available"),
         (action("not-applied", "not-applied", "not-applied"), "available"),  # an answer that lags behind
         (None, "available"),
     ],
@@ -283,7 +288,9 @@ def test_the_watch_goes_on_while_anything_is_unproven(seen: UpdateAction | None,
 
 
 def test_a_ratio_will_do_where_aws_leaves_the_node_rows_out() -> None:
-    assert isinstance(looked(watch(30), action("complete", ratio="2/2"), group()), Reached)
+    for shown in (action("complete", ratio="2/2"), action("complete", "complete", ratio="2/2")):
+        assert isinstance(looked(watch(30), shown, group()), Reached)
+    assert isinstance(looked(watch(30), action("complete", "complete", "complete", ratio="2/2"), group()), Reached)
 
 
 def test_progress_is_told_node_by_node() -> None:

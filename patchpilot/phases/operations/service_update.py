@@ -74,7 +74,11 @@ def _sign(
     if action.status in IN_FLIGHT:
         return Sign.RUNNING, "", None
     if action.status == UpdateStatus.COMPLETE:
-        return (Sign.OVER if _on_every_node(action, members) else Sign.RUNNING), "", None
+        if action.complete_on(members):
+            return Sign.OVER, "", None
+        done = sum(node.status == UpdateStatus.COMPLETE for node in action.nodes)
+        told = f"{done} of {len(action.nodes)} rows, {action.nodes_updated or 'no ratio'}, {len(members)} members"
+        return Sign.RUNNING, f"AWS shows it as complete, but not on every node ({told})", None
     if action.status == UpdateStatus.SCHEDULING:
         return Sign.BUSY, "AWS is scheduling the update by itself", None
     if action.status == UpdateStatus.STOPPED and _ran(action, baseline, tried=tried):
@@ -99,13 +103,6 @@ def _ran(action: UpdateAction, baseline: Data, *, tried: bool) -> bool:
     if baseline.get("modified") and action.modified:
         pairs.append((baseline["modified"], noted(action.modified)))
     return any(before != now for before, now in pairs) or (tried and not pairs)
-
-
-def _on_every_node(action: UpdateAction, members: set[str]) -> bool:
-    """Whether every member's row says so, or the ratio: a row that is missing is not a node that is done."""
-    listed = {node.node for node in action.nodes}
-    _, _, total = action.nodes_updated.partition("/")
-    return action.complete and (members <= listed or (total.isdigit() and int(total) >= len(members)))
 
 
 def _superseded(action: UpdateAction, *, tried: bool) -> NothingToDo | Unsafe:
