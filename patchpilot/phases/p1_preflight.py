@@ -132,6 +132,8 @@ def read(desk: Desk, view: View) -> Situation:
         history=known(lambda: desk.cloud.history(group, view.now), patient=patient),
         alarms=known(lambda: desk.monitoring.alarms([desk.group, *members]), patient=patient),
         metrics=known(lambda: desk.monitoring.metrics(members, view.now), patient=patient) if desk.metrics else None,
+        limit=desk.runbook.abort_metric,
+        measured=known(lambda: desk.gauge.newest(view.now), patient=patient) if desk.gauge else (),
         address=desk.nodes.address if desk.nodes else None,
         endpoint=read_endpoint(desk),
         members=read_members(desk, group),

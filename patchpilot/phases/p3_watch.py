@@ -87,7 +87,7 @@ class FollowRotation(_Following):
     def observe(self, view: View) -> Observation:
         at, sight, followed = self._look(view)
         too_late = at.sign is Sign.OVER and (self._operation.acts or at.update is not None)
-        found = Limits() if too_late else limits(self._desk, at, view.now)
+        found = Limits() if too_late else limits(self._desk, at, view.now, moment(view.facts["trigger"]["since"]))
         stop, aside = found.stop, "".join(f"; a limit is not watched at the moment: {why}" for why in found.unread)
         if stop and not self._can_stop(view, at):
             aside, stop = f"{aside}; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None

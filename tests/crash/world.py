@@ -117,7 +117,8 @@ class World:
         self.plans: dict[str, dict[str, object]] = {}
         self.stops: list[datetime] = []
         """When BatchStopUpdateAction reached the cloud."""
-        self.gauge: tuple[float, ...] = ()
+        self.gauge: tuple[tuple[datetime, float], ...] = ()
+        """What the metric that can stop a rotation measured, and when; newest first."""
         self.repeated: list[tuple[datetime, dict[str, object]]] = []
         """Callbacks that were started again, and when."""
         self.alarms_now = [Alarm(f"{GROUP}-{name}", AlarmState.OK, tells=True) for name in (MEMORY, LAG)]
@@ -251,9 +252,13 @@ class World:
     def node_types(self, group: str) -> tuple[str, ...]:
         return ("cache.r7g.large", "cache.r7g.xlarge")
 
-    def newest(self, now: datetime) -> tuple[float, ...]:
+    def newest(self, now: datetime, since: datetime | None = None) -> tuple[float, ...]:
         self._trip("gauge")
-        return self.gauge
+        return tuple(value for at, value in self.gauge if since is None or at >= since)
+
+    def measure(self, *values: float) -> None:
+        """The gauge shows these, newest first, all of this moment."""
+        self.gauge = tuple((self.clock.now(), value) for value in values)
 
     # CloudWatch: patchpilot.phases.desk.Monitoring.
 
