@@ -536,6 +536,15 @@ def test_too_many_stuck_chords_stop_the_update(tmp_path: Path) -> None:
     assert few.outcome == "done"
 
 
+def test_what_somebody_is_stopping_already_is_not_stopped_for_another_reason(tmp_path: Path) -> None:
+    flow = Flow(tmp_path, abort_stuck=0)
+    flow.in_(3, lambda: stopped_by_hand(flow))
+    flow.in_(3.5, lambda: flow.world.stick(stuck("c1")))
+    flow.run()
+    assert (flow.outcome, flow.world.stops) == ("aborted", [])
+    assert flow.report()["abort"]["by"] == "somebody else"
+
+
 def test_a_metric_past_its_limit_stops_the_update(tmp_path: Path) -> None:
     metric = Metric(namespace="Shop", name="QueueLength", above=100, points=2)
     flow = Flow(tmp_path, abort_metric=metric)
@@ -658,8 +667,12 @@ def test_a_plan_is_carried_out_and_is_in_the_report(tmp_path: Path) -> None:
         ),
         (lambda flow: flow.world.change(update="complete"), f"{UPDATE} was not-applied, and now"),
         (lambda flow: setattr(flow, "rules", RUNBOOK), "grace was 60.0, is 1200.0"),
+        (
+            lambda flow: flow.world.change(node_type="cache.r7g.xlarge"),
+            "node_types was shop-broker-001 cache.r7g.large",
+        ),
     ],
-    ids=["primary", "status", "begun", "version", "complete", "grace"],
+    ids=["primary", "status", "begun", "version", "complete", "grace", "node-type"],
 )
 def test_a_run_is_held_to_its_plan(tmp_path: Path, change: Callable[[Flow], object], words: str) -> None:
     flow = Flow(tmp_path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 
 from patchpilot.elasticache.facts import Event, Group, Member, NodeUpdate, UpdateAction
-from patchpilot.engine.plan import Contradicted, NotYet, Observation, Reached, View
+from patchpilot.engine.plan import Attempt, Contradicted, NotYet, Observation, Reached, View
 from patchpilot.errors import Unsafe
 from patchpilot.phases import p3_watch, p4_grace
 from patchpilot.phases.desk import Desk
@@ -372,6 +373,26 @@ def test_a_reason_to_stop_ends_the_watch_with_what_it_saw() -> None:
     assert isinstance(end, Reached)
     assert end.fact["abort"] == {"why": "too much is stuck", "by": "patchpilot"}
     assert end.fact["nodes"]["b"]["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "asks_after"), [({"status": "stopping"}, p3_watch.REPEAT), ({"refused": "not now"}, 1), (None, 1)]
+)
+def test_aws_is_asked_again_to_stop_only_when_it_cannot_have_heard(
+    outcome: dict[str, str] | None, asks_after: int
+) -> None:
+    def asks(now: float, *attempts: Attempt) -> bool:
+        view = replace(watch(now), intent={"update": "u"}, attempts=attempts)
+        sight = Sight(view.now, group("modifying"), (action("in-progress", "in-progress", "complete"),))
+        at = SERVICE_UPDATE.standing({"update": "u", "begun": True}, sight, tried=True)
+        followed = Followed.of({"rotation": START.note()}).follow(at, sight)
+        made = p3_watch.wind_down(view, at, sight, followed, RULES)
+        assert isinstance(made, NotYet)
+        return made.act
+
+    assert asks(10)
+    last = Attempt(minutes(10), outcome)
+    assert [asks(10 + later, last) for later in (0.1, asks_after - 0.1, asks_after)] == [False, False, True]
 
 
 def test_offsets_alone_are_nothing_new_to_write_down() -> None:

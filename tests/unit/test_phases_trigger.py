@@ -14,6 +14,8 @@ from patchpilot.engine.requests import Ask, Request
 from patchpilot.errors import NeedsOperator, NothingToDo, PatchpilotError, Unsafe
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
+from patchpilot.phases.operations import Sign, Standing
+from patchpilot.phases.operations.gameday import GameDay
 from patchpilot.phases.operations.service_update import ServiceUpdateOperation, standing
 from patchpilot.phases.p2_trigger import ACKNOWLEDGED, give_up, look
 from patchpilot.settings import Runbook
@@ -113,6 +115,15 @@ def test_after_an_interrupted_request_aws_gets_time_to_show_it(status: str) -> N
     retry = seen(status, view(1, INTERRUPTED))
     assert isinstance(retry, NotYet)
     assert retry.act
+
+
+def test_a_second_test_failover_would_be_a_second_failover_so_aws_gets_more_time() -> None:
+    kind = GameDay(cast("Desk", None))
+    for now in (1, 4.9):
+        waiting = look(view(now, INTERRUPTED), Standing(Sign.READY, "available"), RULES, kind)
+        assert isinstance(waiting, NotYet)
+        assert (waiting.act, waiting.until) == (False, minutes(5))
+    assert acts(look(view(5, INTERRUPTED), Standing(Sign.READY, "available"), RULES, kind))
 
 
 def test_each_interrupted_request_gets_its_own_time() -> None:
