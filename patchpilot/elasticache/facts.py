@@ -188,6 +188,8 @@ class Group:
     """Daily, in UTC: ``05:00-06:00``."""
     endpoint: tuple[str, int] | None = None
     """Host and port of the primary endpoint, which leads to whichever node is the primary."""
+    answered: datetime | None = field(default=None, compare=False)
+    """When AWS answered, by its own clock and to the second."""
 
     @classmethod
     def of(cls, row: Row) -> Group:

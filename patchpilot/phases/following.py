@@ -83,7 +83,7 @@ class Followed:
 
     def follow(self, at: Standing, sight: Sight) -> Followed:
         """Take a further look into account."""
-        rotation = self.rotation.follow(sight.group.primary, sight.events, sight.now, sight.said)
+        rotation = self.rotation.follow(sight.group.primary, sight.events, sight.now, sight.said, sight.behind)
         rows = at.rows or self.rows
         busy = [node for node, row in rows.items() if row["status"] not in _AT_REST]
         sign = f"{at.sign}: {at.why} after {len(rotation.failovers)} failovers"

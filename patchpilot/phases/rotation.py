@@ -34,6 +34,8 @@ have been synchronised and promoted again in less."""
 SKEW = timedelta(minutes=1)
 """How far AWS's clock and ours are usually apart, at most."""
 
+NO_TIME = timedelta()
+
 ASTRAY = timedelta(minutes=5)
 """How far they can be: AWS refuses requests that are signed by a clock further off."""
 
@@ -127,17 +129,21 @@ class Rotation:
         """The latest failover."""
         return max(self.failovers, key=lambda failover: failover.at, default=None)
 
-    def follow(self, primary: str | None, events: Iterable[Event], now: datetime, said: Said | None = None) -> Rotation:
+    def follow(
+        self, primary: str | None, events: Iterable[Event], now: datetime, said: Said | None = None,
+        behind: timedelta = NO_TIME,
+    ) -> Rotation:  # fmt: skip
         """Take a further look into account.
 
         :param primary: who is the primary, as AWS says now; None if it does not say.
         :param events: all events since the baseline. Those seen before may be among them, or missing.
         :param said: who is the primary, by the nodes' own word.
+        :param behind: how far AWS's clock, which dates the events, is behind ours.
         """
         known, before = self.failovers, set()
         for told in filter(None, map(failover, sorted(events))):
-            if self.began is None or told.at >= self.began:
-                known = _add(known, self._possible(told, now))
+            if self.began is None or told.at + behind >= self.began:
+                known = _add(known, self._possible(told, now, behind))
             else:
                 before.add(told.to)
         if said is not None:
@@ -174,16 +180,17 @@ class Rotation:
         """Whether this is an old answer: AWS's are eventually consistent, and one may be older than the one before."""
         return primary == self.previous and self.primary_since is not None and now < self.primary_since + SAME
 
-    def _possible(self, told: Failover, now: datetime) -> Failover:
-        """``told``, dated now if the nodes said later than its date that it had not happened yet.
+    def _possible(self, told: Failover, now: datetime, behind: timedelta) -> Failover:
+        """``told``, dated by our clock: AWS's may be behind, and a grace that counted from its date would be too short.
 
-        AWS's clock is behind ours then, and a grace that counted from its date would be too short.
+        It counts from now if the nodes said later than its date that it had not happened yet.
         """
-        heard_of = any(_same(each, told) for each in self.failovers)
-        earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
-        if heard_of or earlier or told.to == self.primary or self.still is None:
+        if any(_same(each, told) for each in self.failovers):
             return told
-        return replace(told, at=now, dated=told.at) if told.at < self.still <= told.at + ASTRAY else told
+        earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
+        if not earlier and told.to != self.primary and self.still and told.at < self.still <= told.at + ASTRAY:
+            return replace(told, at=now, dated=told.at)
+        return replace(told, at=min(told.at + behind, now), dated=told.at) if behind else told
 
 
 def failover(event: Event) -> Failover | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from patchpilot.elasticache.facts import AVAILABLE, Event, Group, Node, UpdateAction
 from patchpilot.errors import PatchpilotError
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.rotation import ASTRAY, Said, said_by
 from patchpilot.valkey.nodes import Report
+
+SECOND = timedelta(seconds=1)
+"""AWS's clock is known to the second."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class Sight:
     def said(self) -> Said | None:
         """Who is the primary by the nodes' own word."""
         return said_by(self.reports)
+
+    @property
+    def behind(self) -> timedelta:
+        """How far AWS's clock is behind ours, at least: it answered after we had asked. Less than a second is none."""
+        if self.group.answered is None:
+            return timedelta()
+        return max(self.now - self.group.answered - SECOND, timedelta())
 
     @property
     def primary(self) -> str | None:

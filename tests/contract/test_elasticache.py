@@ -120,6 +120,8 @@ def test_a_group_with_members_roles_and_addresses(aws: ElastiCache) -> None:
     assert [(member.role, member.port) for member in group.members] == [
         ("primary", 7000), ("replica", 7001), ("replica", 7002),
     ]  # fmt: skip
+    assert group.answered is not None
+    assert timedelta() <= SYSTEM.now() - group.answered < timedelta(hours=1)  # the date of the answer, in UTC
     assert [node.node for node in aws.nodes(group)] == [member.node for member in group.members]
     assert {node.status for node in aws.nodes(group)} == {"available"}
 

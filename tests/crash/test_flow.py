@@ -596,6 +596,20 @@ def test_an_update_that_was_superseded_on_the_way_is_given_up_and_recovered_from
     assert (flow.outcome, flow.world.stops) == ("aborted", [])
 
 
+@pytest.mark.parametrize("where", [(Kind.INTENDED, "watch"), (Kind.REACHED, "watch")])
+def test_a_clock_of_aws_that_is_behind_ends_no_grace_early(tmp_path: Path, where: tuple[Kind, str]) -> None:
+    """Killed before the failover, or before the grace, and back when the event alone tells when the failover was."""
+    flow = Flow(tmp_path, grace=timedelta(minutes=10))
+    flow.world.behind = timedelta(minutes=4)
+    moved: list[Any] = []
+    flow.world.after(timedelta(minutes=4.6), lambda: moved.append(flow.clock.now()))
+    flow.crash(where)
+    flow.clock.sleep(300)
+    flow.run()
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+    assert flow.entries("recover", Kind.ACTING)[0].at - moved[0] >= timedelta(minutes=9.75)
+
+
 # Pausing.
 
 

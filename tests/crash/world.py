@@ -103,6 +103,8 @@ class World:
         """When BatchApplyUpdateAction reached the cloud; or whatever else starts an operation."""
         self.initiator = "customer"
         self.tells_of_failovers = True
+        self.behind = timedelta()
+        """How far the cloud's clock, which dates events and answers, is behind ours."""
         self.fails_over = True
         self.surprises: dict[str, list[BaseException | Callable[[], object]]] = {}
         """What happens in the next call of that name: ``apply`` before and ``applied`` after it took effect."""
@@ -164,7 +166,7 @@ class World:
         about = Group(
             group, shown.status, members, (shown.status,), ("0001",), "enabled", "enabled", cluster_enabled=False,
             engine="valkey", node_type=shown.node_type, effective_durability="disabled", snapshot_window="18:00-19:00",
-            endpoint=("broker.test", 6379),
+            endpoint=("broker.test", 6379), answered=self.clock.now() - self.behind,
         )  # fmt: skip
         return replace(about, **self.group_changes)  # type: ignore[arg-type]
 
@@ -377,7 +379,7 @@ class World:
         self.stuck_since |= {finding.id: self.clock.now() - age for finding in findings}
 
     def happen(self, source: str, message: str) -> None:
-        self.change(events=(*self.now.events, Event(self.clock.now(), source, message)))
+        self.change(events=(*self.now.events, Event(self.clock.now() - self.behind, source, message)))
 
     def change(self, **what: object) -> None:
         for name, value in what.items():

@@ -16,7 +16,7 @@ from patchpilot.phases.desk import Desk
 from patchpilot.phases.following import Followed
 from patchpilot.phases.operations.service_update import ServiceUpdateOperation
 from patchpilot.phases.rotation import Failover, Rotation, Said, failover, is_sign, said_by
-from patchpilot.phases.sight import Sight
+from patchpilot.phases.sight import SECOND, Sight
 from patchpilot.settings import Runbook
 from patchpilot.valkey.nodes import Report
 
@@ -153,6 +153,27 @@ def test_what_made_the_first_primary_one_is_no_part_of_the_rotation_however_ofte
     assert [(each.at, each.to) for each in moved.failovers] == [(minutes(3), "b")]
     back = moved.follow("a", [*before, told(3), told(20, "a", "b")], minutes(20), Said("a"))
     assert [(each.at, each.to) for each in back.failovers] == [(minutes(3), "b"), (minutes(20), "a")]
+
+
+def test_a_clock_that_is_known_to_be_behind_is_allowed_for_where_nobody_watched() -> None:
+    """The failover was at 10 by our clock; AWS dates it 6, and this process looks for the first time."""
+    behind = timedelta(minutes=4)
+    seen = START.follow("b", [told(6)], minutes(20), Said("b"), behind)
+    for again in (seen, Rotation.of(seen.note()).follow("b", [told(6)], minutes(21), Said("b"), 0.9 * behind)):
+        (counted,) = again.failovers
+        assert (counted.at, counted.dated) == (minutes(10), minutes(6))
+    (just_now,) = START.follow("b", [told(6)], minutes(9), None, behind).failovers
+    assert just_now.at == minutes(9)
+    assert START.follow("b", [told(-3)], minutes(5), None, behind).failovers[0].at == minutes(1)  # it had begun by then
+
+
+def test_how_far_the_clock_of_aws_is_behind_is_read_from_its_answers() -> None:
+    def behind(answered: float | None) -> timedelta:
+        shown = replace(group(), answered=None if answered is None else minutes(answered))
+        return Sight(minutes(10), shown).behind
+
+    assert behind(7) == timedelta(minutes=3) - SECOND
+    assert {behind(each) for each in (None, 10, 10 - 1 / 60, 12)} == {timedelta()}
 
 
 def test_no_failover_from_before_is_part_of_it_however_late_it_is_told_or_shown() -> None:

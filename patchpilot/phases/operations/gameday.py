@@ -65,7 +65,7 @@ def new_signs(baseline: Data, sight: Sight) -> list[Event]:
     """The signs of a rotation since the baseline, oldest first. One from before may appear late, and is none."""
     known = set(baseline["events"])
     signs = [event for event in sorted(sight.events) if is_sign(event) and _key(event) not in known]
-    return [event for event in signs if event.at >= _drawn(baseline)]
+    return [event for event in signs if event.at + sight.behind >= _drawn(baseline)]
 
 
 def has_moved(baseline: Data, sight: Sight) -> bool:
@@ -77,7 +77,9 @@ def has_moved(baseline: Data, sight: Sight) -> bool:
     before: str | None = baseline["primary"]
     if sight.said and baseline.get("heard"):
         return sight.said.node != before
-    old: set[str | None] = {told.to for told in map(failover, sight.events) if told and told.at < _drawn(baseline)}
+    drawn = _drawn(baseline)
+    moves = [told for told in map(failover, sight.events) if told]
+    old: set[str | None] = {told.to for told in moves if told.at + sight.behind < drawn}
     if sight.said is None:
         old.add(baseline.get("aws_primary"))
     return None not in {before, sight.primary} and sight.primary not in {before, *old}
