@@ -300,6 +300,7 @@ def test_it_needs_no_event_to_end() -> None:
         (action("complete", "complete", ratio="1/1"), "available"),
         (action("complete", "complete", "complete", ratio="1/2"), "available"),  # they contradict each other
         (action("complete", "complete", "complete", ratio="1/1"), "available"),
+        (action("complete", "complete", "complete", ratio="2/3"), "available"),
         (action("complete", "complete", "in-progress", ratio="2/2"), "available"),
         (action("not-applied", "not-applied", "not-applied"), "available"),  # an answer that lags behind
         (None, "available"),

@@ -126,7 +126,7 @@ def test_a_queue_is_in_good_hands_if_who_consumes_it_is_proven_to_consume() -> N
 
 
 def test_the_return_of_an_earlier_canary_proves_nothing_of_a_queue() -> None:
-    stale = replace(TWO, proof={step: "of an earlier one" for step in TWO.proof})
+    stale = replace(TWO, proof=dict.fromkeys(TWO.proof, "of an earlier one"))
     same = {"reports": Depth("reports", 7, "reports 7")}
     assert not said(place(ONE, stale, queues={"reports": 7}, first=same), "queues-drain")[0]
 
