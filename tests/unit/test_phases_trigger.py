@@ -8,17 +8,19 @@ from typing import Any, cast
 
 import pytest
 
-from patchpilot.elasticache.facts import NodeUpdate, UpdateAction
+from patchpilot.elasticache.facts import Event, Group, Member, NodeUpdate, UpdateAction
 from patchpilot.engine.plan import Attempt, Contradicted, NotYet, Observation, Reached, View
 from patchpilot.engine.requests import Ask, Request
 from patchpilot.errors import NeedsOperator, NothingToDo, PatchpilotError, Unsafe
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
 from patchpilot.phases.operations import Sign, Standing
-from patchpilot.phases.operations.gameday import GameDay
+from patchpilot.phases.operations.gameday import GameDay, has_moved
 from patchpilot.phases.operations.service_update import ServiceUpdateOperation, standing
 from patchpilot.phases.p2_trigger import ACKNOWLEDGED, give_up, look
+from patchpilot.phases.sight import Sight
 from patchpilot.settings import Runbook
+from patchpilot.valkey.nodes import Report
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 RULES = Runbook(settle=timedelta(minutes=1), stall=timedelta(hours=2))
@@ -124,6 +126,31 @@ def test_a_second_test_failover_would_be_a_second_failover_so_aws_gets_more_time
         assert isinstance(waiting, NotYet)
         assert (waiting.act, waiting.until) == (False, minutes(5))
     assert acts(look(view(5, INTERRUPTED), Standing(Sign.READY, "available"), RULES, kind))
+
+
+@pytest.mark.parametrize(
+    ("heard", "says", "aws", "moved"),
+    [
+        (True, "b", "a", False),  # AWS lags behind
+        (True, "c", "a", True),
+        (True, "", "a", False),  # what AWS showed at the baseline already
+        (True, "", "b", False),  # AWS has caught up
+        (True, "", "c", True),
+        (False, "d", "a", False),  # what the failover before the baseline led to
+        (False, "c", "a", True),
+        (False, "", None, False),
+    ],
+)
+def test_who_is_the_primary_is_news_only_if_it_was_not_so_at_the_baseline(
+    heard: bool, says: str, aws: str | None, moved: bool
+) -> None:
+    """The nodes said b, or said nothing, when AWS still showed a; there had been a failover to d."""
+    at_first = {"primary": "b", "aws_primary": "a", "heard": heard, "drawn": NOON.isoformat()}
+    members = tuple(Member(name, "primary" if name == aws else "replica") for name in "abcd")
+    before = Event(minutes(-1), "g", "Failover to replica node d completed")
+    reports: dict[str, Report | str] = {says: Report("primary", 1)} if says else {}
+    sight = Sight(minutes(5), Group("g", "available", members), events=(before,), reports=reports)
+    assert has_moved(at_first, sight) is moved
 
 
 def test_each_interrupted_request_gets_its_own_time() -> None:
