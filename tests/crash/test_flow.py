@@ -52,7 +52,6 @@ def test_the_report_of_an_upgrade_shows_the_versions_before_and_after(tmp_path: 
     flow = arranged(tmp_path, "engine-upgrade")
     flow.run()
     shown = {(it["engine_version_before"], it["engine_version_after"]) for it in flow.report()["nodes"]}
-    assert len(shown) == 1
     [(before, after)] = shown
     assert before != after
     assert after.startswith("8.1")

@@ -133,6 +133,7 @@ def test_a_second_test_failover_would_be_a_second_failover_so_aws_gets_more_time
     [
         (True, "b", "a", False),  # AWS lags behind
         (True, "c", "a", True),
+        (True, "d", "a", True),  # where it was before
         (True, "", "a", False),  # what AWS showed at the baseline already
         (True, "", "b", False),  # AWS has caught up
         (True, "", "c", True),
