@@ -62,15 +62,16 @@ class _Following(Step):
 
     def _known(self, view: View) -> Data:
         """What was seen before this look; at first, what the trigger left."""
-        trigger = view.facts["trigger"]
-        before, since = trigger["baseline"], moment(trigger["since"])
-        begun = Rotation.begin(
-            trigger["primary"], since, aws=before.get("aws_primary"), heard=before.get("heard", False)
-        )
-        return view.seen or {
-            "rotation": begun.note(),
-            "update": trigger["update"],
-        }
+        return view.seen or begun(view.facts["trigger"])
+
+
+def begun(trigger: Data) -> Data:
+    """What is known of a rotation that has just been triggered. Pure."""
+    before, since = trigger["baseline"], moment(trigger["since"])
+    rotation = Rotation.begin(
+        trigger["primary"], since, aws=before.get("aws_primary"), heard=before.get("heard", False)
+    )
+    return {"rotation": rotation.note(), "update": trigger["update"]}
 
 
 def _baseline(trigger: Data, known: Data) -> Data:

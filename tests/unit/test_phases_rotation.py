@@ -167,6 +167,14 @@ def test_a_clock_that_is_known_to_be_behind_is_allowed_for_where_nobody_watched(
     assert START.follow("b", [told(-3)], minutes(5), None, behind).failovers[0].at == minutes(1)  # it had begun by then
 
 
+@pytest.mark.parametrize("heard", [True, False])
+def test_what_aws_showed_wrongly_at_the_baseline_is_no_failover_when_the_nodes_fall_silent(heard: bool) -> None:
+    trigger = {**TRIGGERED["trigger"], "primary": "b", "baseline": {"aws_primary": "a", "heard": heard}}
+    rotation = Rotation.of(p3_watch.begun(trigger)["rotation"])
+    assert (rotation.primary, rotation.heard) == ("b", heard)
+    assert rotation.follow("a", [], minutes(1)).failovers == ()
+
+
 def test_how_far_the_clock_of_aws_is_behind_is_read_from_its_answers() -> None:
     def behind(answered: float | None) -> timedelta:
         shown = replace(group(), answered=None if answered is None else minutes(answered))
