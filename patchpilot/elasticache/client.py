@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpilot.elasticache.calls import Calls, clients
@@ -38,6 +40,8 @@ _EVENTS_MARGIN = timedelta(minutes=1)
 class ElastiCache(Calls["ElastiCacheClient"]):
     """The ElastiCache API of one account and region. Errors as for :class:`~patchpilot.elasticache.calls.Calls`."""
 
+    _answered: datetime | None = None  # when AWS last did, by its own clock
+
     def service_updates(self) -> tuple[ServiceUpdate, ...]:
         """All service updates, whatever became of them: one that was applied may be cancelled or expired since."""
         return tuple(ServiceUpdate.of(row) for row in self._pages("describe_service_updates", "ServiceUpdates"))
@@ -62,7 +66,7 @@ class ElastiCache(Calls["ElastiCacheClient"]):
         rows = self._pages("describe_replication_groups", "ReplicationGroups", ReplicationGroupId=group)
         if len(rows) != 1:
             raise Corrupt(f"AWS returned {len(rows)} replication groups called {group!r}")
-        return Group.of(rows[0])
+        return replace(Group.of(rows[0]), answered=self._answered)
 
     def nodes(self, group: Group) -> tuple[Node, ...]:
         """The nodes of ``group`` as cache clusters of their own."""
@@ -209,9 +213,22 @@ class ElastiCache(Calls["ElastiCacheClient"]):
         def ask(client: ElastiCacheClient) -> list[Any]:
             size = _PAGE_OF_SNAPSHOTS if operation == "describe_snapshots" else _PAGE
             pages: Any = client.get_paginator(operation).paginate(PaginationConfig={"PageSize": size}, **params)
-            return [row for page in pages for row in page.get(key, ())]
+            rows: list[Any] = []
+            for page in pages:
+                rows += page.get(key, ())
+                self._answered = _date(page)
+            return rows
 
         return self._call("".join(word.capitalize() for word in operation.split("_")), ask)
+
+
+def _date(page: Mapping[str, Any]) -> datetime | None:
+    """When AWS made this answer, by its own clock."""
+    header = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    try:
+        return parsedate_to_datetime(header).astimezone(UTC) if header else None
+    except ValueError:
+        return None
 
 
 def connect(aws: Aws, region: str | None = None, *, session_name: str = "patchpilot") -> ElastiCache:

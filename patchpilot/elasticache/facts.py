@@ -8,7 +8,7 @@ compare them with the ``StrEnum`` members here, which are strings too, and treat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -138,13 +138,19 @@ class UpdateAction:
             modified=_utc(row.get("UpdateActionStatusModifiedDate")),
         )
 
-    @property
-    def complete(self) -> bool:
-        """Whether AWS shows it as complete, and on every node: a row that is missing is not a node that is done."""
+    def complete_on(self, members: Collection[str]) -> bool:
+        """Whether AWS shows it as complete, and on every one of ``members``: by a row for each, or by the ratio.
+
+        A row that is missing is not a node that is done. Where rows and ratio contradict each other, neither counts.
+        """
+        done = {node.node for node in self.nodes if node.status == UpdateStatus.COMPLETE}
         numbers = re.fullmatch(r"(\d+)/(\d+)", self.nodes_updated)
-        known = bool(self.nodes) or (numbers is not None and numbers[1] == numbers[2] != "0")
-        done = all(node.status == UpdateStatus.COMPLETE for node in self.nodes)
-        return self.status == UpdateStatus.COMPLETE and known and done
+        counted, total = (int(numbers[1]), int(numbers[2])) if numbers else (None, None)
+        if self.status != UpdateStatus.COMPLETE or not members or len(done) < len(self.nodes) or counted != total:
+            return False
+        if counted is not None:
+            return counted >= max(len(members), len(done))
+        return done.issuperset(members)
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class Group:
     """Daily, in UTC: ``05:00-06:00``."""
     endpoint: tuple[str, int] | None = None
     """Host and port of the primary endpoint, which leads to whichever node is the primary."""
+    answered: datetime | None = field(default=None, compare=False)
+    """When AWS answered, by its own clock and to the second."""
 
     @classmethod
     def of(cls, row: Row) -> Group:

@@ -25,8 +25,11 @@ class Metrics:
         self._metric = metric
         self._client: Any = None
 
-    def newest(self, now: datetime) -> tuple[float, ...]:
-        """The newest values, newest first; fewer than ``metric.points`` if CloudWatch has no more."""
+    def newest(self, now: datetime, since: datetime | None = None) -> tuple[float, ...]:
+        """The newest values, newest first; fewer than ``metric.points`` if CloudWatch has no more.
+
+        :param since: count only values of periods that began no earlier than this.
+        """
         query = {
             "Id": "m",
             "MetricStat": {
@@ -39,11 +42,12 @@ class Metrics:
                 "Stat": self._metric.statistic,
             },
         }
-        since = now - REACH * self._metric.points * self._metric.period
-        asked = {"MetricDataQueries": [query], "StartTime": since, "EndTime": now, "ScanBy": "TimestampDescending"}
+        begin = now - REACH * self._metric.points * self._metric.period
+        asked = {"MetricDataQueries": [query], "StartTime": begin, "EndTime": now, "ScanBy": "TimestampDescending"}
         with translated("GetMetricData", lambda: self._region, renewable=self._client is not None):
             [answer] = self._ask(asked)["MetricDataResults"]
-        values: list[float] = answer.get("Values", [])
+        rows = zip(answer.get("Timestamps", ()), answer.get("Values", ()), strict=True)
+        values = [value for at, value in rows if since is None or at >= since]
         return tuple(values[: self._metric.points])
 
     def _ask(self, asked: dict[str, Any]) -> Any:

@@ -25,8 +25,11 @@ class Limits:
     """What could not be read: the limits on it are not watched at the moment."""
 
 
-def limits(desk: Desk, at: Standing, now: datetime) -> Limits:
-    """Ask whoever may stop the rotation, and look at what has a limit."""
+def limits(desk: Desk, at: Standing, now: datetime, since: datetime) -> Limits:
+    """Ask whoever may stop the rotation, and look at what has a limit.
+
+    :param since: when the rotation began: what was measured before is not its doing.
+    """
     if request := stop(desk.requests()):
         return Limits({"why": str(request), "by": request.by})
     if at.sign is not Sign.RUNNING or at.status == UpdateStatus.STOPPING or not at.update:
@@ -34,14 +37,14 @@ def limits(desk: Desk, at: Standing, now: datetime) -> Limits:
     unread = []
     for limit in (_too_much_stuck, _past_the_limit):
         try:
-            if why := limit(desk, now):
+            if why := limit(desk, now, since):
                 return Limits({"why": why, "by": "patchpilot"})
         except PatchpilotError as error:
             unread.append(str(error))
     return Limits(unread=tuple(unread))
 
 
-def _too_much_stuck(desk: Desk, _now: datetime) -> str:
+def _too_much_stuck(desk: Desk, _now: datetime, _since: datetime) -> str:
     limit = desk.runbook.abort_stuck
     if limit is None or desk.recovery is None:
         return ""
@@ -54,9 +57,9 @@ def count_chords(stuck: tuple[Finding, ...]) -> int:
     return sum(finding.kind in {"chord", "callback"} for finding in stuck)
 
 
-def _past_the_limit(desk: Desk, now: datetime) -> str:
+def _past_the_limit(desk: Desk, now: datetime, since: datetime) -> str:
     metric, gauge = desk.runbook.abort_metric, desk.gauge
-    return "" if metric is None or gauge is None else judge(metric, gauge.newest(now))
+    return "" if metric is None or gauge is None else judge(metric, gauge.newest(now, since))
 
 
 def judge(metric: Metric, values: tuple[float, ...]) -> str:

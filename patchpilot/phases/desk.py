@@ -65,7 +65,7 @@ class Cloud(Protocol):
 class Gauge(Protocol):
     """The metric that can stop a rotation: :class:`patchpilot.elasticache.metrics.Metrics`."""
 
-    def newest(self, now: datetime) -> tuple[float, ...]: ...
+    def newest(self, now: datetime, since: datetime | None = None) -> tuple[float, ...]: ...
 
 
 class Monitoring(Protocol):

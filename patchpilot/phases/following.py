@@ -12,9 +12,9 @@ from typing import Any
 
 from patchpilot.elasticache.facts import AVAILABLE, UpdateStatus
 from patchpilot.engine.plan import Data, View
-from patchpilot.errors import NeedsOperator, PatchpilotError, Unsafe
+from patchpilot.errors import PatchpilotError, Unsafe
 from patchpilot.phases.notes import length, moment, noted
-from patchpilot.phases.operations import Sign, Standing
+from patchpilot.phases.operations import GIVE_UP, Sign, Standing
 from patchpilot.phases.rotation import Rotation
 from patchpilot.phases.sight import Sight
 from patchpilot.settings import Runbook
@@ -24,6 +24,9 @@ _AT_REST = frozenset({
     "complete", AVAILABLE, UpdateStatus.NOT_APPLIED, UpdateStatus.WAITING_TO_START, UpdateStatus.STOPPED,
 })  # fmt: skip
 """Statuses of a node that nobody works on at the moment."""
+
+ELSEWHERE = "somebody else"
+"""Who stopped an operation that no request of this run stopped: what they do with it afterwards is theirs as well."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Followed:
 
     def follow(self, at: Standing, sight: Sight) -> Followed:
         """Take a further look into account."""
-        rotation = self.rotation.follow(sight.group.primary, sight.events, sight.now, sight.said)
+        rotation = self.rotation.follow(sight.group.primary, sight.events, sight.now, sight.said, sight.behind)
         rows = at.rows or self.rows
         busy = [node for node, row in rows.items() if row["status"] not in _AT_REST]
         sign = f"{at.sign}: {at.why} after {len(rotation.failovers)} failovers"
@@ -107,11 +110,23 @@ class Followed:
         return f"{at.line}; group {self.group}{failovers}"
 
 
-def ended_early(view: View, at: Standing, followed: Followed, runbook: Runbook) -> PatchpilotError | None:
-    """That somebody ended the operation before it was complete; once that is sure, for one answer may be an old one."""
-    if at.sign not in {Sign.STOPPED, Sign.IMPOSSIBLE} or view.now < followed.since(view.now) + runbook.settle:
+def stopped_elsewhere(view: View, at: Standing, followed: Followed, runbook: Runbook) -> Data | None:
+    """That somebody has stopped the operation; once that is sure, for one answer may be an old one."""
+    if at.sign is not Sign.STOPPED or not _is_sure(view, followed, runbook):
         return None
-    return _stopped(at) if at.sign is Sign.STOPPED else _ceased(at)
+    number = at.detail.get("nodes_updated") or "an unknown number of"
+    return {"why": f"somebody stopped {at.update} ({number} nodes are updated)", "by": ELSEWHERE}
+
+
+def ceased(view: View, at: Standing, followed: Followed, runbook: Runbook) -> PatchpilotError | None:
+    """That the operation does not apply any more; once that is sure."""
+    if at.sign is not Sign.IMPOSSIBLE or not _is_sure(view, followed, runbook):
+        return None
+    return Unsafe(f"the operation ceased to apply while it ran ({at.error or at.why}): {GIVE_UP}")
+
+
+def _is_sure(view: View, followed: Followed, runbook: Runbook) -> bool:
+    return view.now >= followed.since(view.now) + runbook.settle
 
 
 def stalled(view: View, at: Standing, followed: Followed, runbook: Runbook) -> PatchpilotError | None:
@@ -138,21 +153,6 @@ def _slow(view: View, followed: Followed, bound: timedelta) -> str:
 def _patience_from(view: View, since: datetime | None) -> datetime:
     """Whoever starts the run again after it gave up gets as long again."""
     return max(filter(None, (since, view.contradicted_at)), default=view.since)
-
-
-def _stopped(at: Standing) -> NeedsOperator:
-    return NeedsOperator(
-        f"somebody stopped {at.update} ({at.detail.get('nodes_updated')} nodes are updated): apply it again with `aws "
-        f"elasticache batch-apply-update-action --service-update-name {at.update} --replication-group-ids "
-        f"{at.detail.get('group')}`, or give it up with `patchpilot stop`; then run the same command again"
-    )
-
-
-def _ceased(at: Standing) -> PatchpilotError:
-    return Unsafe(
-        f"the operation ceased to apply while it ran ({at.error or at.why}). To recover and verify what is there, give "
-        "it up with `patchpilot stop` and run the same command again"
-    )
 
 
 def _heard(before: Mapping[str, Any], reports: Mapping[str, Report | str]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ Nothing here changes the cluster, so a resumed run begins with it again, until t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from patchpilot import __version__
 from patchpilot.elasticache.facts import Node
@@ -132,6 +132,8 @@ def read(desk: Desk, view: View) -> Situation:
         history=known(lambda: desk.cloud.history(group, view.now), patient=patient),
         alarms=known(lambda: desk.monitoring.alarms([desk.group, *members]), patient=patient),
         metrics=known(lambda: desk.monitoring.metrics(members, view.now), patient=patient) if desk.metrics else None,
+        limit=desk.runbook.abort_metric,
+        measured=_measured(desk, view.now, patient),
         address=desk.nodes.address if desk.nodes else None,
         endpoint=read_endpoint(desk),
         members=read_members(desk, group),
@@ -148,6 +150,11 @@ def _parameters(desk: Desk, nodes: tuple[Node, ...] | str, patient: bool) -> Map
     if len(names) != 1 or not names[0]:
         return f"the nodes have no parameter group in common: {', '.join(filter(None, names)) or 'AWS names none'}"
     return known(lambda: desk.cloud.parameters(names[0]), patient=patient)
+
+
+def _measured(desk: Desk, now: datetime, patient: bool) -> tuple[float, ...] | str:
+    gauge = desk.gauge
+    return known(lambda: gauge.newest(now), patient=patient) if gauge else ()
 
 
 def _stuck(desk: Desk, patient: bool) -> tuple[Finding, ...] | str | None:

@@ -2,22 +2,23 @@
 
 No request that starts one has an idempotency token, and AWS does not say what a second one does. So: look first, ask
 only if nothing runs, and after an interrupted request give AWS a settling time to show what it did before concluding
-that it did nothing. A run can be told to wait here for somebody's approval.
+that it did nothing. What somebody has stopped meanwhile is never started again: there was a reason to stop it. A run
+can be told to wait here for somebody's approval.
 """
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from patchpilot.elasticache.facts import UpdateStatus
 from patchpilot.engine.plan import Attempt, Contradicted, Data, Effect, NotYet, Observation, Phase, Reached, Step, View
-from patchpilot.engine.requests import stop
+from patchpilot.engine.requests import Request, stop
 from patchpilot.errors import Aborted, Blocked, NeedsOperator, NothingToDo, Throttled, Unsafe
 from patchpilot.phases.approve import Approve
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import clock_time, length, noted
-from patchpilot.phases.operations import Operation, Sign, Standing, operation
+from patchpilot.phases.operations import GIVE_UP, Operation, Sign, Standing, operation
 from patchpilot.phases.proposal import changes, propose
-from patchpilot.phases.rotation import ASTRAY
 from patchpilot.phases.sight import Sight, look_around
 from patchpilot.settings import Runbook
 
@@ -55,19 +56,25 @@ class Apply(Step):
         return {
             "aim": dict(aim),
             "group": sight.group.status,
-            "primary": sight.group.primary,
+            "primary": sight.primary,
+            "aws_primary": sight.group.primary,
+            "heard": sight.said is not None,
             "members": [member.node for member in sight.group.members],
             **self._operation.baseline(aim, sight),
+            **_seen_to_stop(view.intent, sight),
         }
 
     def observe(self, view: View) -> Observation:
-        sight = self._look(view.now, (view.intended_at or view.now) - ASTRAY)
+        sight = self._look(view.now, view.intended_at or view.now)
         at = self._operation.standing(view.intent, sight, tried=_tried(view))
         seen = look(view, at, self._desk.runbook, self._operation)
         if isinstance(seen, Reached):
             return Reached({**seen.fact, "held_to": self._desk.order.plan}, seen.say)
-        if isinstance(seen, NotYet) and not _tried(view) and (request := stop(self._desk.requests())):
-            return Contradicted(Aborted(f"ended before anything was started: {request}"))
+        if request := stop(self._desk.requests()):
+            if _tried(view):
+                return give_up(view, at, self._desk.runbook, request)
+            if isinstance(seen, NotYet):
+                return Contradicted(Aborted(f"ended before anything was started: {request}"))
         return self._held_back(view) or seen if _starts(seen) else seen
 
     def act(self, view: View) -> Data:
@@ -84,8 +91,9 @@ class Apply(Step):
     def _look(self, now: datetime, since: datetime) -> Sight:
         kind = self._operation
         return look_around(
-            self._desk, now, since=since if kind.by_events else None, actions=kind.by_actions, nodes=kind.by_nodes
-        )
+            self._desk, now, since=since if kind.by_events else None, actions=kind.by_actions, nodes=kind.by_nodes,
+            reports=True,
+        )  # fmt: skip
 
     def _held_back(self, view: View) -> Observation | None:
         """Why the request may not be made, now that all else is ready for it."""
@@ -102,10 +110,11 @@ def look(view: View, at: Standing, runbook: Runbook, kind: Operation) -> Observa
     match at.sign:
         case Sign.UNKNOWN | Sign.BUSY:
             return _wait(view, runbook.stall, at.why)
-        case Sign.RUNNING | Sign.OVER:
+        case Sign.RUNNING | Sign.OVER | Sign.STOPPED:
             return Reached(_started(view, at), say=_told(view, at))
         case Sign.IMPOSSIBLE:
-            return Contradicted(at.error or Unsafe(at.why))
+            error = at.error or Unsafe(at.why)
+            return Contradicted(Unsafe(f"{error}; {GIVE_UP}") if _tried(view) else error)
     if not kind.acts:
         return _await_others(view, runbook.observe)
     return _not_started(view, at, runbook.settle, kind.settles, runbook.stall)
@@ -125,8 +134,23 @@ def _not_started(view: View, at: Standing, settle: timedelta, settles: int, boun
         return NotYet(f"AWS accepted the request and still shows it as {at.status}")
     return Contradicted(Unsafe(
         f"AWS accepted the request of {clock_time(last.at)} and still shows it as {at.status}: look at the "
-        "group in the console; once it runs, or has been done by hand, run the same command again"
+        f"group in the console; once it runs, or has been done by hand, run the same command again; or, {GIVE_UP}"
     ))  # fmt: skip
+
+
+def give_up(view: View, at: Standing, runbook: Runbook, request: Request) -> Observation:
+    """Go on without having seen that a request took effect, because somebody asks for that. Pure.
+
+    It may have had all its effects, a failover among them, so what follows a rotation follows this as well; and AWS
+    first gets all the time it has to show them.
+    """
+    last = max(attempt.at for attempt in view.attempts if not attempt.refused)
+    until = last + ACKNOWLEDGED * runbook.settle
+    if at.sign is not Sign.IMPOSSIBLE and view.now < until:
+        left = length(until - view.now)
+        return NotYet(f"{request}; AWS has {left} more to show what it made of the request of {clock_time(last)}")
+    fact = {**_started(view, at), "how": "requested", "given_up": str(request)}
+    return Reached(fact, say=f"given up: {request}; AWS did not show that it began")
 
 
 def _after_refusal(view: View, last: Attempt, settle: timedelta) -> Observation:
@@ -154,7 +178,9 @@ def _wait(view: View, bound: timedelta, why: str, *, act: bool = False) -> Obser
     began = max(filter(None, (view.since, view.contradicted_at)))
     if view.now < began + bound:
         return NotYet(why, act=act)
-    return Contradicted(Unsafe(f"{why}; so it has been since {clock_time(began)}: look at the group in the console"))
+    after = f"; {GIVE_UP}" if _tried(view) else ""
+    told = f"{why}; so it has been since {clock_time(began)}: look at the group in the console{after}"
+    return Contradicted(Unsafe(told))
 
 
 def _started(view: View, at: Standing) -> Data:
@@ -162,7 +188,7 @@ def _started(view: View, at: Standing) -> Data:
     # An interrupted request may never have arrived: then AWS was quicker, and says so.
     ours = bool(tried) and set(at.initiated_by) != {"system"}
     return {
-        "update": at.update,
+        "update": at.update or view.intent.get("update"),
         "how": "applied" if ours else "adopted",
         "attempts": len(tried),
         "initiated_by": list(at.initiated_by),
@@ -175,7 +201,9 @@ def _started(view: View, at: Standing) -> Data:
 
 
 def _told(view: View, at: Standing) -> str:
-    """For whoever looks on: an operation that somebody else started."""
+    """For whoever looks on: an operation that somebody else started, or has stopped."""
+    if at.sign is Sign.STOPPED:
+        return "somebody has stopped it since: it is not started again"
     if _started(view, at)["how"] == "applied":
         return ""
     who = f", started by {' and '.join(at.initiated_by)}" if at.initiated_by else ""
@@ -190,6 +218,14 @@ def _began(view: View, at: Standing) -> datetime:
 def _tried(view: View) -> bool:
     """Whether there was a request that AWS may have followed."""
     return any(not attempt.refused for attempt in view.attempts)
+
+
+def _seen_to_stop(earlier: Data, sight: Sight) -> Data:
+    """What stays of an earlier baseline of this run: what was not stopped then and is now was stopped by somebody."""
+    action = sight.action(earlier.get("update", ""))
+    if action is None or action.status != UpdateStatus.STOPPED or earlier["status"] in {None, UpdateStatus.STOPPED}:
+        return {}
+    return {"status": earlier["status"]}
 
 
 def _starts(seen: Observation) -> bool:

@@ -7,13 +7,14 @@ come from the nodes' own word, from events, or from the roles that AWS shows, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 from patchpilot.elasticache.facts import UpdateStatus
 from patchpilot.engine.plan import Contradicted, Data, Effect, NotYet, Observation, Phase, Reached, Step, View
 from patchpilot.errors import NeedsOperator, Throttled
 from patchpilot.phases.abort import Limits, limits
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.following import Followed, ended_early, stalled
+from patchpilot.phases.following import ELSEWHERE, Followed, ceased, stalled, stopped_elsewhere
 from patchpilot.phases.notes import moment, noted
 from patchpilot.phases.operations import Operation, Sign, Standing, operation
 from patchpilot.phases.rotation import Rotation
@@ -61,11 +62,16 @@ class _Following(Step):
 
     def _known(self, view: View) -> Data:
         """What was seen before this look; at first, what the trigger left."""
-        trigger = view.facts["trigger"]
-        return view.seen or {
-            "rotation": Rotation.begin(trigger["primary"], moment(trigger["since"])).note(),
-            "update": trigger["update"],
-        }
+        return view.seen or begun(view.facts["trigger"])
+
+
+def begun(trigger: Data) -> Data:
+    """What is known of a rotation that has just been triggered. Pure."""
+    before, since = trigger["baseline"], moment(trigger["since"])
+    rotation = Rotation.begin(
+        trigger["primary"], since, aws=before.get("aws_primary"), heard=before.get("heard", False)
+    )
+    return {"rotation": rotation.note(), "update": trigger["update"]}
 
 
 def _baseline(trigger: Data, known: Data) -> Data:
@@ -82,11 +88,16 @@ class FollowRotation(_Following):
     def observe(self, view: View) -> Observation:
         at, sight, followed = self._look(view)
         too_late = at.sign is Sign.OVER and (self._operation.acts or at.update is not None)
-        found = Limits() if too_late else limits(self._desk, at, view.now)
+        found = Limits() if too_late else limits(self._desk, at, view.now, moment(view.facts["trigger"]["since"]))
         stop, aside = found.stop, "".join(f"; a limit is not watched at the moment: {why}" for why in found.unread)
-        if stop and not self._operation.stoppable:
+        if stop and not self._can_stop(view, at):
             aside, stop = f"{aside}; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
         return look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
+
+    def _can_stop(self, view: View, at: Standing) -> bool:
+        """Whether AWS can stop it; or there is nothing to stop, because it was given up and never began."""
+        never_began = at.sign in RESTING and "given_up" in view.facts["trigger"]
+        return self._operation.stoppable or never_began
 
 
 def look(
@@ -101,8 +112,10 @@ def look(
     seen = followed.note()
     if stop is not None:
         return Reached({**_end(view, sight, seen, at), "abort": dict(stop)}, say=f"it has to be stopped: {stop['why']}")
+    if kind.acts and (stopped := stopped_elsewhere(view, at, followed, runbook)):
+        return Reached({**_end(view, sight, seen, at), "abort": stopped}, say=f"{stopped['why']}: it ends here")
     over = at.sign is Sign.OVER or (at.sign is Sign.STOPPED and not kind.acts)
-    error = stalled(view, at, followed, runbook) or (None if over else ended_early(view, at, followed, runbook))
+    error = stalled(view, at, followed, runbook) or ceased(view, at, followed, runbook)
     if over and sight.group.available:
         confirmed = followed.since(view.now) + kind.confirmed_after(at, runbook)
         if view.now >= confirmed:
@@ -121,7 +134,7 @@ def _end(view: View, sight: Sight, seen: Data, at: Standing) -> Data:
 
 
 class StopRotation(_Following):
-    """If the rotation had to be stopped: it is at rest, and the group is available again.
+    """If the rotation had to be stopped, or somebody stopped it: it is at rest, and the group is available again.
 
     What is only observed, and is no service update, cannot be stopped: then this waits until it has come to rest.
     Nodes in progress are finished and nothing is rolled back: after the last one the update is complete all the same.
@@ -133,8 +146,9 @@ class StopRotation(_Following):
 
     def intend(self, view: View) -> Data:
         watched = view.facts["watch"]
-        why = (watched.get("abort") or {}).get("why")
-        return {"why": why, "update": watched.get("update"), "status": watched["status"]}
+        abort = watched.get("abort") or {}
+        ours = abort.get("by") != ELSEWHERE
+        return {"why": abort.get("why"), "update": watched.get("update") if ours else None, "status": watched["status"]}
 
     def observe(self, view: View) -> Observation:
         if not view.facts["watch"].get("abort"):
@@ -158,8 +172,8 @@ class StopRotation(_Following):
 def wind_down(view: View, at: Standing, sight: Sight, followed: Followed, runbook: Runbook) -> Observation:
     """Whether the rotation has come to rest, and whether to ask for that. Pure."""
     seen = followed.note()
-    if at.sign in RESTING and sight.group.available:
-        confirmed = followed.since(view.now) + runbook.settle
+    if at.sign in RESTING | {Sign.UNKNOWN} and sight.group.available:
+        confirmed = followed.since(view.now) + _rests(view, at, runbook)
         if view.now >= confirmed:
             return Reached({**_end(view, sight, seen, at), "needed": True, "attempts": len(view.attempts)})
         return NotYet(f"{followed.line(at)}; waiting to be sure that it has stopped", until=confirmed, seen=seen)
@@ -168,6 +182,13 @@ def wind_down(view: View, at: Standing, sight: Sight, followed: Followed, runboo
         return NotYet(followed.line(at), act=True, seen=seen)
     error = stalled(view, at, followed, runbook)
     return Contradicted(error, seen) if error else NotYet(followed.line(at), seen=seen)
+
+
+def _rests(view: View, at: Standing, runbook: Runbook) -> timedelta:
+    """For how long all has to look at rest. What AWS does not list any more, it may never list again."""
+    if at.sign is not Sign.UNKNOWN:
+        return runbook.settle
+    return runbook.quiet if "given_up" in view.facts["trigger"] else runbook.stall
 
 
 def _ask_again(view: View, runbook: Runbook) -> bool:

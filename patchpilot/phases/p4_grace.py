@@ -44,7 +44,7 @@ class WaitOut(Step):
         before = Rotation.of((view.seen or view.intent)["rotation"])
         # What this process knows besides what is on record: when the nodes last said who the primary is.
         self._last = (self._last if self._last == before else before).follow(
-            sight.group.primary, sight.events, view.now, sight.said
+            sight.group.primary, sight.events, view.now, sight.said, sight.behind
         )
         return look(view, self._last)
 

@@ -143,7 +143,7 @@ class Prove(Step):
 
 def claims(at: Evidence) -> tuple[Claim, ...]:
     """What has to be true, and whether it is. Pure."""
-    proof = [at.goal or _complete(at.action), _available(at.group)]
+    proof = [at.goal or _complete(at.action, at.group), _available(at.group)]
     if at.endpoint is not None:
         proof += [_answers(at.endpoint), _one_primary(at), _replicas_follow(at)]
     if at.stuck is not None:
@@ -200,13 +200,13 @@ def _noted(at: Workplace | None) -> Data:
     return {"queues": {depth.queue: [depth.length, depth.oldest] for depth in at.fleet.queues}}
 
 
-def _complete(action: UpdateAction | None) -> Claim:
+def _complete(action: UpdateAction | None, group: Group) -> Claim:
     if action is None:
         return Claim("update-complete", False, "AWS does not list the update at the moment")
     nodes = ", ".join(f"{node.node} {node.status}" for node in action.nodes)
-    return Claim(
-        "update-complete", action.complete, f"{action.update} is {action.status} ({nodes or action.nodes_updated})"
-    )
+    told = "; ".join(filter(None, (nodes, f"{action.nodes_updated or 'no ratio'}, members: {len(group.members)}")))
+    holds = action.complete_on([member.node for member in group.members])
+    return Claim("update-complete", holds, f"{action.update} is {action.status} ({told})")
 
 
 def _available(group: Group) -> Claim:

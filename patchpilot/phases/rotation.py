@@ -34,6 +34,8 @@ have been synchronised and promoted again in less."""
 SKEW = timedelta(minutes=1)
 """How far AWS's clock and ours are usually apart, at most."""
 
+NO_TIME = timedelta()
+
 ASTRAY = timedelta(minutes=5)
 """How far they can be: AWS refuses requests that are signed by a clock further off."""
 
@@ -85,9 +87,10 @@ class Rotation:
     """Who it is as AWS last said, which may lag behind; None while AWS has said nothing but ``primary``."""
     replid: str = ""
     """The replication history of the primary, by its own word."""
-    first: str | None = None
-    """Who it was when the rotation began, and when that was: what made that node the primary is no part of it."""
+    heard: bool = False
+    """Whether the nodes have said who it is: what AWS shows may be older than the rotation."""
     began: datetime | None = None
+    """When the rotation began: what happened before is no part of it, however late it is told or shown."""
     still: datetime | None = field(default=None, compare=False)
     """When the nodes last said that ``primary`` is the primary. Not on record: it would change with every look."""
 
@@ -101,14 +104,19 @@ class Rotation:
             previous=note["previous"],
             aws=note.get("aws"),
             replid=note.get("replid", ""),
-            first=note.get("first"),
+            heard=note.get("heard", False),
             began=moment(note["began"]) if note.get("began") else None,
         )
 
     @classmethod
-    def begin(cls, primary: str | None, since: datetime) -> Rotation:
-        """Nothing has happened yet."""
-        return cls(primary=primary, primary_since=since, first=primary, began=since)
+    def begin(cls, primary: str | None, since: datetime, *, aws: str | None = None, heard: bool = False) -> Rotation:
+        """Nothing has happened yet.
+
+        :param primary: who is the primary.
+        :param aws: who it is as AWS says, which may lag behind.
+        :param heard: whether ``primary`` is by the nodes' own word.
+        """
+        return cls(primary=primary, primary_since=since, aws=aws, heard=heard, began=since)
 
     def note(self) -> dict[str, Any]:
         """As the journal stores it."""
@@ -121,22 +129,33 @@ class Rotation:
         """The latest failover."""
         return max(self.failovers, key=lambda failover: failover.at, default=None)
 
-    def follow(self, primary: str | None, events: Iterable[Event], now: datetime, said: Said | None = None) -> Rotation:
+    def follow(
+        self, primary: str | None, events: Iterable[Event], now: datetime, said: Said | None = None,
+        behind: timedelta = NO_TIME,
+    ) -> Rotation:  # fmt: skip
         """Take a further look into account.
 
         :param primary: who is the primary, as AWS says now; None if it does not say.
         :param events: all events since the baseline. Those seen before may be among them, or missing.
         :param said: who is the primary, by the nodes' own word.
+        :param behind: how far AWS's clock, which dates the events, is behind ours.
         """
-        known = self.failovers
+        known, before = self.failovers, set()
         for told in filter(None, map(failover, sorted(events))):
-            if told.to != self.first or self.began is None or told.at >= self.began:
-                known = _add(known, self._possible(told, now))
+            if self.began is None or told.at + behind >= self.began:
+                known = _add(known, self._possible(told, now, behind))
+            else:
+                before.add(told.to)
         if said is not None:
-            return replace(self, failovers=known, aws=primary or self.aws)._hear(said, now)
+            seen = replace(self, failovers=known, aws=primary or self.aws)
+            if not self.heard and not known and said.node in before:
+                seen = replace(seen, primary=said.node)
+            return replace(seen._hear(said, now), heard=True)
         if primary is None or primary == (self.aws or self.primary) or self._is_stale(primary, now):
             return replace(self, failovers=known)
         heard = replace(self, failovers=known, aws=primary)
+        if primary in before and not known:  # AWS shows only now what was so before the rotation
+            return heard if self.heard else replace(heard, primary=primary)
         return heard if primary == self.primary else heard._moved(primary, now)
 
     def _hear(self, said: Said, now: datetime) -> Rotation:
@@ -161,16 +180,17 @@ class Rotation:
         """Whether this is an old answer: AWS's are eventually consistent, and one may be older than the one before."""
         return primary == self.previous and self.primary_since is not None and now < self.primary_since + SAME
 
-    def _possible(self, told: Failover, now: datetime) -> Failover:
-        """``told``, dated now if the nodes said later than its date that it had not happened yet.
+    def _possible(self, told: Failover, now: datetime, behind: timedelta) -> Failover:
+        """``told``, dated by our clock: AWS's may be behind, and a grace that counted from its date would be too short.
 
-        AWS's clock is behind ours then, and a grace that counted from its date would be too short.
+        It counts from now if the nodes said later than its date that it had not happened yet.
         """
-        heard_of = any(_same(each, told) for each in self.failovers)
-        earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
-        if heard_of or earlier or told.to == self.primary or self.still is None:
+        if any(_same(each, told) for each in self.failovers):
             return told
-        return replace(told, at=now, dated=told.at) if told.at < self.still <= told.at + ASTRAY else told
+        earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
+        if not earlier and told.to != self.primary and self.still and told.at < self.still <= told.at + ASTRAY:
+            return replace(told, at=now, dated=told.at)
+        return replace(told, at=min(told.at + behind, now), dated=told.at) if behind else told
 
 
 def failover(event: Event) -> Failover | None:

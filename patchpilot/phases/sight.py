@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from patchpilot.elasticache.facts import AVAILABLE, Event, Group, Node, UpdateAction
 from patchpilot.errors import PatchpilotError
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.rotation import SKEW, Said, said_by
+from patchpilot.phases.rotation import ASTRAY, Said, said_by
 from patchpilot.valkey.nodes import Report
+
+SECOND = timedelta(seconds=1)
+"""AWS's clock is known to the second."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,18 @@ class Sight:
         return said_by(self.reports)
 
     @property
+    def behind(self) -> timedelta:
+        """How far AWS's clock is behind ours, at least: it answered after we had asked. Less than a second is none."""
+        if self.group.answered is None:
+            return timedelta()
+        return max(self.now - self.group.answered - SECOND, timedelta())
+
+    @property
+    def primary(self) -> str | None:
+        """Who is the primary: by the nodes' own word, or as AWS shows it where they give none."""
+        return self.said.node if self.said else self.group.primary
+
+    @property
     def calm(self) -> bool:
         """Whether the group and every node that was asked for are available."""
         return self.group.available and all(node.status == AVAILABLE for node in self.nodes)
@@ -45,7 +60,7 @@ def look_around(
 ) -> Sight:  # fmt: skip
     """Read what is asked for.
 
-    :param since: read all events since shortly before then: windows that overlap as far as can be.
+    :param since: read all events since some time before then: windows that overlap as far as can be.
     :raises Transient: AWS could not be asked. Nodes that do not answer are part of what there is to see.
     """
     shown = desk.cloud.update_actions(desk.group) if actions else ()
@@ -61,9 +76,9 @@ def look_around(
 
 
 def events(desk: Desk, group: Group, since: datetime, now: datetime) -> tuple[Event, ...]:
-    """All events of the group and its nodes since shortly before ``since``."""
+    """All events of the group and its nodes since some time before ``since``."""
     sources = {desk.group, *(member.node for member in group.members)}
-    return desk.cloud.events(sources, since - SKEW, now)
+    return desk.cloud.events(sources, since - ASTRAY, now)
 
 
 def ask(desk: Desk, group: Group) -> dict[str, Report | str]:

@@ -63,7 +63,7 @@ def _abort(report: Json) -> list[str]:
     abort = report["abort"]
     if not abort:
         return []
-    how = {0: "it had come to rest by itself", None: "it is being stopped"}.get(
+    how = {0: "without a request of this run", None: "it is being stopped"}.get(
         abort["requests"], "AWS was asked to stop it"
     )
     rows = [("Why", abort["why"]), ("By", abort["by"]), ("How", how), ("Status in the end", abort["status"])]
@@ -101,6 +101,8 @@ def _how(update: Json) -> str | None:
     who = f"; initiated by {' and '.join(update['initiated_by'])}, says AWS" if update["initiated_by"] else ""
     if update["how"] == "adopted":
         return f"adopted: it ran already{who}"
+    if update["how"] == "requested":
+        return "requested by this run and given up: AWS did not show that it began"
     again = (
         f" ({update['attempts']} attempts: those before the last were interrupted)" if update["attempts"] > 1 else ""
     )

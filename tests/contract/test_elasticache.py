@@ -109,7 +109,7 @@ def test_update_actions_of_one_group_with_their_nodes(aws: ElastiCache) -> None:
     assert [(node.node, node.status) for node in action.nodes] == [
         (f"{GROUP}-{number:03d}", "not-applied") for number in range(3)
     ]
-    assert not action.complete
+    assert not action.complete_on([node.node for node in action.nodes])
 
 
 def test_a_group_with_members_roles_and_addresses(aws: ElastiCache) -> None:
@@ -120,6 +120,8 @@ def test_a_group_with_members_roles_and_addresses(aws: ElastiCache) -> None:
     assert [(member.role, member.port) for member in group.members] == [
         ("primary", 7000), ("replica", 7001), ("replica", 7002),
     ]  # fmt: skip
+    assert group.answered is not None
+    assert timedelta() <= SYSTEM.now() - group.answered < timedelta(hours=1)  # the date of the answer, in UTC
     assert [node.node for node in aws.nodes(group)] == [member.node for member in group.members]
     assert {node.status for node in aws.nodes(group)} == {"available"}
 
@@ -172,11 +174,12 @@ def test_another_region_is_empty(cloud: Cloud, own_credentials: Path) -> None:
 
 
 def test_rows_that_lack_everything_are_unknown_and_not_done() -> None:
-    assert not UpdateAction.of({}).complete
+    assert not UpdateAction.of({}).complete_on(["a"])
     assert not Group.of({}).available
     assert Group.of({}).primary is None
-    assert not UpdateAction.of({"UpdateActionStatus": "complete"}).complete
-    assert not UpdateAction.of({"UpdateActionStatus": "complete", "NodesUpdated": "0/0"}).complete
+    for members in ([], ["a"]):
+        assert not UpdateAction.of({"UpdateActionStatus": "complete"}).complete_on(members)
+        assert not UpdateAction.of({"UpdateActionStatus": "complete", "NodesUpdated": "0/0"}).complete_on(members)
     assert UpdateAction.of({"UpdateActionStatus": "a new word"}).status == "a new word"
     two = Group.of(
         {"NodeGroups": [{"NodeGroupMembers": [{"CacheClusterId": c, "CurrentRole": "primary"}]} for c in "ab"]}

@@ -63,6 +63,8 @@ def test_the_newest_values_newest_first_and_no_more_than_count(cloud: Cloud, own
     publish(cloud, (now, 999.0), service="search")
     values = metrics.newest(now)
     assert values == (101.0, 102.0)
+    assert metrics.newest(now, now - timedelta(minutes=1.5)) == (101.0,)
+    assert metrics.newest(now, now - timedelta(minutes=0.5)) == ()
     assert judge(METRIC, values) == "Shop Errors is above 100: 101, 102"
 
 

@@ -72,6 +72,8 @@ class State:
     status: str = "available"
     primary: str = NAMES[0]
     update: str = UpdateStatus.NOT_APPLIED
+    modified: datetime | None = None
+    """When ``update`` last changed."""
     nodes: dict[str, NodeUpdate] = field(
         default_factory=lambda: {name: NodeUpdate(name, UpdateStatus.NOT_APPLIED) for name in NAMES}
     )
@@ -101,6 +103,8 @@ class World:
         """When BatchApplyUpdateAction reached the cloud; or whatever else starts an operation."""
         self.initiator = "customer"
         self.tells_of_failovers = True
+        self.behind = timedelta()
+        """How far the cloud's clock, which dates events and answers, is behind ours."""
         self.fails_over = True
         self.surprises: dict[str, list[BaseException | Callable[[], object]]] = {}
         """What happens in the next call of that name: ``apply`` before and ``applied`` after it took effect."""
@@ -115,7 +119,8 @@ class World:
         self.plans: dict[str, dict[str, object]] = {}
         self.stops: list[datetime] = []
         """When BatchStopUpdateAction reached the cloud."""
-        self.gauge: tuple[float, ...] = ()
+        self.gauge: tuple[tuple[datetime, float], ...] = ()
+        """What the metric that can stop a rotation measured, and when; newest first."""
         self.repeated: list[tuple[datetime, dict[str, object]]] = []
         """Callbacks that were started again, and when."""
         self.alarms_now = [Alarm(f"{GROUP}-{name}", AlarmState.OK, tells=True) for name in (MEMORY, LAG)]
@@ -147,6 +152,7 @@ class World:
                 nodes=tuple(shown.nodes.values()),
                 nodes_updated=f"{done}/{len(shown.nodes)}",
                 sla_met="yes" if shown.update == UpdateStatus.COMPLETE else "no",
+                modified=shown.modified,
             ),
         )
 
@@ -160,7 +166,7 @@ class World:
         about = Group(
             group, shown.status, members, (shown.status,), ("0001",), "enabled", "enabled", cluster_enabled=False,
             engine="valkey", node_type=shown.node_type, effective_durability="disabled", snapshot_window="18:00-19:00",
-            endpoint=("broker.test", 6379),
+            endpoint=("broker.test", 6379), answered=self.clock.now() - self.behind,
         )  # fmt: skip
         return replace(about, **self.group_changes)  # type: ignore[arg-type]
 
@@ -248,9 +254,13 @@ class World:
     def node_types(self, group: str) -> tuple[str, ...]:
         return ("cache.r7g.large", "cache.r7g.xlarge")
 
-    def newest(self, now: datetime) -> tuple[float, ...]:
+    def newest(self, now: datetime, since: datetime | None = None) -> tuple[float, ...]:
         self._trip("gauge")
-        return self.gauge
+        return tuple(value for at, value in self.gauge if since is None or at >= since)
+
+    def measure(self, *values: float) -> None:
+        """The gauge shows these, newest first, all of this moment."""
+        self.gauge = tuple((self.clock.now(), value) for value in values)
 
     # CloudWatch: patchpilot.phases.desk.Monitoring.
 
@@ -369,12 +379,14 @@ class World:
         self.stuck_since |= {finding.id: self.clock.now() - age for finding in findings}
 
     def happen(self, source: str, message: str) -> None:
-        self.change(events=(*self.now.events, Event(self.clock.now(), source, message)))
+        self.change(events=(*self.now.events, Event(self.clock.now() - self.behind, source, message)))
 
     def change(self, **what: object) -> None:
         for name, value in what.items():
             assert hasattr(self.now, name)
             setattr(self.now, name, value)
+        if "update" in what:
+            self.now.modified = self.clock.now()
         self._history.append((self.clock.now(), self.now.copy()))
 
     def after(self, time: timedelta, change: Callable[[], None]) -> None:

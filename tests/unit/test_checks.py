@@ -25,6 +25,7 @@ from patchpilot.phases.p1_preflight import PATIENCE, read
 from patchpilot.postgres.journal import Run
 from patchpilot.recovery.findings import Remedy
 from patchpilot.report import build, markdown
+from patchpilot.settings import Metric as Limit
 from patchpilot.valkey.nodes import Memory, Report
 from patchpilot.workers import Fleet
 from tests.crash.world import GROUP, NAMES, PARAMETERS, SETTINGS, World, desk, stuck, worker
@@ -54,7 +55,7 @@ def said(situation: Situation, name: str) -> Check:
 def test_names_are_unique_and_what_may_be_waived_although_it_blocks_is_a_judgement_of_risk() -> None:
     names = [row.name for row in CHECKS]
     assert len(set(names)) == len(names)
-    assert {row.name for row in CHECKS if row.waivable} == {"memory", "maxmemory-policy", "alarms"}
+    assert {row.name for row in CHECKS if row.waivable} == {"memory", "maxmemory-policy", "abort-metric", "alarms"}
 
 
 LATELY, MOVED = NOON - timedelta(days=3), f"Failover from primary node {NAMES[0]} to replica node {NAMES[1]} completed"
@@ -62,6 +63,8 @@ EVENTS = (Event(LATELY, NAMES[1], MOVED), Event(LATELY, GROUP, MOVED))
 NOTICE = Event(NOON, NAMES[0], "The node with Cache Cluster ID: x is scheduled for replacement during ...")
 ELSEWHERE = UpdateAction("pages", "u", "in-progress")
 FULL = Report("primary", 1, memory=Memory(91, 100, "noeviction"))
+
+LIMIT = Limit(namespace="n", name="m", points=2, above=100.0)
 
 CASES: list[tuple[str, dict[str, Any], Verdict, str]] = [
     ("region-quiet", {"elsewhere": (ELSEWHERE,)}, Verdict.WARN, "u on pages in-progress"),
@@ -87,6 +90,10 @@ CASES: list[tuple[str, dict[str, Any], Verdict, str]] = [
      "n ReplicationLag 11 s"),
     ("metrics", {"metrics": (Metric(FREEABLE, "n", 50.0 * 1024 * 1024, NOON),)}, Verdict.WARN, "FreeableMemory 50 MiB"),
     ("metrics", {"metrics": DENIED}, Verdict.UNKNOWN, DENIED),
+    ("abort-metric", {"limit": LIMIT, "measured": (101.0, 100.5)}, Verdict.BLOCK, "n m is above 100: 101, 100.5"),
+    ("abort-metric", {"limit": LIMIT, "measured": (101.0,)}, Verdict.WARN, "n m: 101 (points = 2)"),
+    ("abort-metric", {"limit": LIMIT, "measured": ()}, Verdict.WARN, "n m: no value"),
+    ("abort-metric", {"limit": LIMIT, "measured": DENIED}, Verdict.UNKNOWN, DENIED),
     ("alarms", {"alarms": ()}, Verdict.WARN, "no alarm watches this group"),
     ("alarms", {"alarms": (Alarm("a", "OK", tells=False),)}, Verdict.WARN, "a tells nobody"),
     ("alarms", {"alarms": (Alarm("a", "INSUFFICIENT_DATA", tells=True),)}, Verdict.WARN, "a is INSUFFICIENT_DATA"),
@@ -232,6 +239,10 @@ def test_memory_is_read_from_whoever_can_be_asked(situation: Situation) -> None:
     assert said(at(90), "memory").verdict is Verdict.BLOCK
     hidden = {"members": {"a": "no route", "b": "no route"}}
     assert "the primary uses 91 %" in said(at(91, **hidden), "memory").evidence
+    replica = Report("replica", 1, memory=Memory(10, 100))
+    only_the_replica = said(at(99, members={"a": "no route", "b": replica}), "memory")
+    assert only_the_replica.verdict is Verdict.BLOCK
+    assert only_the_replica.evidence == "b uses 10 %; the primary uses 99 %; a: no route"
     silent = at(1, endpoint="silent", **hidden)
     assert said(silent, "memory").verdict is Verdict.UNKNOWN
     cloudwatch = replace(silent, metrics=(Metric(MEMORY, "a", 80.0, NOON), Metric(LAG, "a", 80.0, NOON)))

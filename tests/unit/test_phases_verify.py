@@ -59,6 +59,8 @@ def test_all_claims_hold_when_all_is_well_and_each_has_evidence() -> None:
         ({"action": None}, "update-complete"),
         ({"action": replace(GOOD.action, status="in-progress")}, "update-complete"),  # type: ignore[type-var]
         ({"action": UpdateAction("g", "u", "complete")}, "update-complete"),
+        ({"action": replace(GOOD.action, nodes=GOOD.action.nodes[:1])}, "update-complete"),  # type: ignore[union-attr]
+        ({"action": replace(GOOD.action, nodes_updated="1/2")}, "update-complete"),  # type: ignore[type-var]
         ({"group": replace(GOOD.group, status="modifying")}, "group-available"),
         ({"members": {"a": PRIMARY, "b": PRIMARY}}, "one-primary"),
         ({"members": {"a": REPLICA, "b": REPLICA}}, "one-primary"),

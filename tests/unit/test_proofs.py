@@ -125,6 +125,12 @@ def test_a_queue_is_in_good_hands_if_who_consumes_it_is_proven_to_consume() -> N
     )
 
 
+def test_the_return_of_an_earlier_canary_proves_nothing_of_a_queue() -> None:
+    stale = replace(TWO, proof=dict.fromkeys(TWO.proof, "of an earlier one"))
+    same = {"reports": Depth("reports", 7, "reports 7")}
+    assert not said(place(ONE, stale, queues={"reports": 7}, first=same), "queues-drain")[0]
+
+
 def test_a_queue_that_lost_its_consumers_is_found_even_while_it_is_empty() -> None:
     earlier = Before(consumed=frozenset({"celery", "reports"}))
     assert said(place(ONE, queues={"celery": 0, "reports": 0}, before=earlier), "queues-drain") == (

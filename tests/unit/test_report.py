@@ -162,7 +162,7 @@ ABORT = {"why": "stop asked for by ann on laptop", "by": "ann on laptop"}
     ("stopped", "how"),
     [
         ({"status": "stopped", "attempts": 1}, "AWS was asked to stop it"),
-        ({"status": "complete", "attempts": 0}, "it had come to rest by itself"),
+        ({"status": "complete", "attempts": 0}, "without a request of this run"),
         (None, "it is being stopped"),
     ],
 )

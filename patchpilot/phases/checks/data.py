@@ -79,11 +79,15 @@ def _used(at: Situation) -> Iterator[tuple[str, float]]:
     if at.metrics and not isinstance(at.metrics, str):
         yield from ((metric.node, metric.worst) for metric in at.metrics if metric.name == MEMORY)
     for node, said in {"the primary": at.endpoint, **at.members}.items():
-        # Behind the endpoint is one of the members: it counts by itself only where those cannot be asked.
-        if node == "the primary" and any(isinstance(member, Report) for member in at.members.values()):
+        # Behind the endpoint is one of the members: it counts by itself only where that one cannot be asked.
+        if node == "the primary" and any(_is_primary(member) for member in at.members.values()):
             continue
         if isinstance(said, Report) and said.memory and said.memory.limit:
             yield node, 100 * said.memory.used / said.memory.limit
+
+
+def _is_primary(said: Report | str) -> bool:
+    return isinstance(said, Report) and said.role == "primary" and said.memory is not None and said.memory.limit > 0
 
 
 def _eviction(at: Situation) -> Judgement:

@@ -11,6 +11,7 @@ from patchpilot.elasticache.cloudwatch import Alarm, Metric
 from patchpilot.elasticache.facts import Event, Group, Node, ServiceUpdate, Snapshot, UpdateAction
 from patchpilot.phases.choice import Choice
 from patchpilot.recovery.findings import Finding
+from patchpilot.settings import Metric as Limit
 from patchpilot.settings import Role
 from patchpilot.valkey.nodes import Report
 from patchpilot.workers.facts import Fleet
@@ -61,6 +62,10 @@ class Situation:
     alarms: tuple[Alarm, ...] | str
     metrics: tuple[Metric, ...] | str | None
     """None if the configuration says not to read them."""
+    limit: Limit | None
+    """The metric that can stop the rotation, if the configuration has one."""
+    measured: tuple[float, ...] | str
+    """Its newest values, newest first."""
     address: tuple[str, int] | None
     """Host and port of the primary endpoint, as the configuration has it; None if it has none."""
     endpoint: Report | str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from patchpilot.elasticache.cloudwatch import FREEABLE, LAG, MEMORY, RECENT, AlarmState, Metric
+from patchpilot.phases.abort import judge
 from patchpilot.phases.checks.data import BUSY, MOST_SILENCE
 from patchpilot.phases.checks.situation import Judgement, Row, Situation, Verdict, prefer, unknown
 from patchpilot.phases.notes import length
@@ -37,6 +38,18 @@ def _metrics(at: Situation) -> Judgement:
     return prefer(not bad, "; ".join(f"{metric.node} {_said(metric)}" for metric in ordered))
 
 
+def _limit(at: Situation) -> Judgement:
+    if at.limit is None:
+        return Verdict.PASS, "runbook.abort_metric is not set"
+    if isinstance(at.measured, str):
+        return unknown(at.measured)
+    if past := judge(at.limit, at.measured):
+        return Verdict.BLOCK, past
+    enough = len(at.measured) >= at.limit.points
+    shown = ", ".join(f"{value:g}" for value in at.measured) or "no value"
+    return prefer(enough, f"{at.limit.namespace} {at.limit.name}: {shown} (points = {at.limit.points})")
+
+
 def _is_bad(metric: Metric) -> bool:
     match metric.name:
         case name if name == MEMORY:
@@ -57,6 +70,9 @@ def _said(metric: Metric) -> str:
 ROWS: tuple[Row, ...] = (
     Row("metrics", _metrics, "a node that lags or runs out of memory now does so more during the patch",
         "wait for a quieter hour, or find out why"),
+    Row("abort-metric", _limit, "what is past its limit before the patch stops it half-way, and for another reason",
+        "find out why, or change runbook.abort_metric: a waiver does not keep it from stopping the rotation",
+        waivable=True),
     Row("alarms", _alarms, "somebody should be told when the patch goes wrong, and nothing should be wrong before it",
         "see to what is firing; give the group's alarms an action, and enable it", waivable=True),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.operations.base import Operation, Sign, Standing
+from patchpilot.phases.operations.base import GIVE_UP, Operation, Sign, Standing
 from patchpilot.phases.operations.gameday import GameDay
 from patchpilot.phases.operations.modification import EngineUpgrade, NodeType
 from patchpilot.phases.operations.observe import Observing
@@ -14,7 +14,7 @@ OPERATIONS: dict[Kind, type[Operation]] = {
     each.kind: each for each in (ServiceUpdateOperation, EngineUpgrade, NodeType, GameDay, Observing)
 }
 
-__all__ = ["OPERATIONS", "Operation", "Sign", "Standing", "operation"]
+__all__ = ["GIVE_UP", "OPERATIONS", "Operation", "Sign", "Standing", "operation"]
 
 
 def operation(desk: Desk) -> Operation:

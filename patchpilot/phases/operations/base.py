@@ -25,6 +25,9 @@ from patchpilot.settings import Runbook
 
 Row = dict[str, Any]
 
+GIVE_UP = "to recover and verify what is there, give it up with `patchpilot stop` and run the same command again"
+"""What is left to do with an operation that nobody can bring to its end."""
+
 
 class Sign(StrEnum):
     """What one look means for an operation."""

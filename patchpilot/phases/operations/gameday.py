@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from patchpilot.elasticache.facts import Application, Event
 from patchpilot.engine.plan import Data
 from patchpilot.errors import NeedsOperator
 from patchpilot.phases.choice import Choice, Offer
+from patchpilot.phases.notes import moment
 from patchpilot.phases.operations.base import Operation, Sign, Standing, node_rows
 from patchpilot.phases.order import Kind
 from patchpilot.phases.rotation import failover, is_sign
@@ -29,21 +30,20 @@ class GameDay(Operation):
         return Choice(operation=self.kind, aim={"node_group": group.node_group_ids[0]})
 
     def baseline(self, aim: Data, sight: Sight) -> Data:
-        return {"events": known_signs(sight)}
+        return {"events": known_signs(sight), "drawn": sight.now.isoformat()}
 
     def standing(self, baseline: Data, sight: Sight, *, tried: bool) -> Standing:
         signs = new_signs(baseline, sight)
-        sign, why = self._sign(baseline["primary"], signs, sight, tried=tried)
+        sign, why = self._sign(baseline, signs, sight, tried=tried)
         return Standing(
             sign, sight.group.status, why, rows=node_rows(sight.nodes, set()), began=signs[0].at if signs else None
         )
 
     @staticmethod
-    def _sign(before: str | None, signs: list[Event], sight: Sight, *, tried: bool) -> tuple[Sign, str]:
+    def _sign(baseline: Data, signs: list[Event], sight: Sight, *, tried: bool) -> tuple[Sign, str]:
         told = [each for each in map(failover, signs) if each]
-        now = sight.group.primary
-        moved = now is not None and before is not None and now != before
-        if moved or (told and told[-1].to == now):
+        now = sight.primary
+        if has_moved(baseline, sight) or (told and told[-1].to == now):
             why = f"failed over to {now}; the group is {sight.group.status}"
             return (Sign.OVER if sight.calm else Sign.RUNNING), why
         if signs or (tried and not sight.calm):
@@ -62,9 +62,31 @@ def known_signs(sight: Sight) -> list[str]:
 
 
 def new_signs(baseline: Data, sight: Sight) -> list[Event]:
-    """The signs of a rotation that have appeared since the baseline, oldest first."""
+    """The signs of a rotation since the baseline, oldest first. One from before may appear late, and is none."""
     known = set(baseline["events"])
-    return [event for event in sorted(sight.events) if is_sign(event) and _key(event) not in known]
+    signs = [event for event in sorted(sight.events) if is_sign(event) and _key(event) not in known]
+    return [event for event in signs if event.at + sight.behind >= _drawn(baseline)]
+
+
+def has_moved(baseline: Data, sight: Sight) -> bool:
+    """Whether another node is the primary than at the baseline.
+
+    The nodes' own word is never late. AWS may have shown an old answer then, or show one now, so neither what it showed
+    then nor what a failover from before the baseline has led to is anything new.
+    """
+    before: str | None = baseline["primary"]
+    if sight.said and baseline.get("heard"):
+        return sight.said.node != before
+    drawn = _drawn(baseline)
+    moves = [told for told in map(failover, sight.events) if told]
+    old: set[str | None] = {told.to for told in moves if told.at + sight.behind < drawn}
+    if sight.said is None:
+        old.add(baseline.get("aws_primary"))
+    return None not in {before, sight.primary} and sight.primary not in {before, *old}
+
+
+def _drawn(baseline: Data) -> datetime:
+    return moment(baseline["drawn"]) if "drawn" in baseline else datetime.min.replace(tzinfo=UTC)
 
 
 def _key(event: Event) -> str:

@@ -10,7 +10,7 @@ from patchpilot.errors import NeedsOperator, NothingToDo
 from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.operations import service_update
 from patchpilot.phases.operations.base import Operation, Sign, Standing, node_rows
-from patchpilot.phases.operations.gameday import known_signs, new_signs
+from patchpilot.phases.operations.gameday import has_moved, known_signs, new_signs
 from patchpilot.phases.order import Kind
 from patchpilot.phases.sight import Sight
 from patchpilot.settings import Runbook
@@ -51,12 +51,12 @@ class Observing(Operation):
         return self._of_whatever(baseline, sight)
 
     def _of_update(self, action: UpdateAction | None, sight: Sight) -> Standing:
-        return service_update.standing(action, {member.node for member in sight.group.members}, tried=True)
+        members = {member.node for member in sight.group.members}
+        return service_update.standing(action, members, {"begun": True}, tried=True)
 
     def _of_whatever(self, baseline: Data, sight: Sight) -> Standing:
         signs = new_signs(baseline, sight)
-        moved = sight.group.primary not in {None, baseline["primary"]}
-        begun = bool(signs) or moved or not sight.calm
+        begun = bool(signs) or has_moved(baseline, sight) or not sight.calm
         why = f"the group is {sight.group.status}" + (f"; last: {signs[-1].message}" if signs else "")
         rows = node_rows(sight.nodes, set())
         if baseline.get("begun"):

@@ -38,21 +38,22 @@ class ServiceUpdateOperation(Operation):
             "update": aim["update"],
             "status": action.status if action else None,
             "nodes": noted(action.nodes) if action else [],
+            "modified": noted(action.modified) if action else None,
         }
 
     def standing(self, baseline: Data, sight: Sight, *, tried: bool) -> Standing:
         members = {member.node for member in sight.group.members}
-        return standing(sight.action(baseline["update"]), members, tried=tried)
+        return standing(sight.action(baseline["update"]), members, baseline, tried=tried)
 
     def start(self, baseline: Data) -> Application:
         return self.desk.cloud.apply(baseline["update"], self.desk.group)
 
 
-def standing(action: UpdateAction | None, members: set[str], *, tried: bool) -> Standing:
+def standing(action: UpdateAction | None, members: set[str], baseline: Data, *, tried: bool) -> Standing:
     """What an update action means. Absent means unknown, never done."""
     if action is None:
         return Standing(Sign.UNKNOWN, why="AWS does not list the update for this group at the moment")
-    sign, why, error = _sign(action, members, tried=tried)
+    sign, why, error = _sign(action, members, baseline, tried=tried)
     dates = [date for node in action.nodes for date in (node.initiated, node.started) if date]
     return Standing(
         sign,
@@ -67,14 +68,20 @@ def standing(action: UpdateAction | None, members: set[str], *, tried: bool) -> 
     )
 
 
-def _sign(action: UpdateAction, members: set[str], *, tried: bool) -> tuple[Sign, str, NothingToDo | Unsafe | None]:
+def _sign(
+    action: UpdateAction, members: set[str], baseline: Data, *, tried: bool
+) -> tuple[Sign, str, NothingToDo | Unsafe | None]:
     if action.status in IN_FLIGHT:
         return Sign.RUNNING, "", None
     if action.status == UpdateStatus.COMPLETE:
-        return (Sign.OVER if _on_every_node(action, members) else Sign.RUNNING), "", None
+        if action.complete_on(members):
+            return Sign.OVER, "", None
+        done = sum(node.status == UpdateStatus.COMPLETE for node in action.nodes)
+        told = f"{done} of {len(action.nodes)} rows, {action.nodes_updated or 'no ratio'}, {len(members)} members"
+        return Sign.RUNNING, f"AWS shows it as complete, but not on every node ({told})", None
     if action.status == UpdateStatus.SCHEDULING:
         return Sign.BUSY, "AWS is scheduling the update by itself", None
-    if action.status == UpdateStatus.STOPPED and tried:
+    if action.status == UpdateStatus.STOPPED and _ran(action, baseline, tried=tried):
         return Sign.STOPPED, "", None
     if action.status in APPLICABLE:
         return Sign.READY, "", None
@@ -83,13 +90,23 @@ def _sign(action: UpdateAction, members: set[str], *, tried: bool) -> tuple[Sign
     return Sign.IMPOSSIBLE, "", Unsafe(f"AWS reports the update as {action.status!r}, which this version does not know")
 
 
-def _on_every_node(action: UpdateAction, members: set[str]) -> bool:
-    """Whether every member's row says so, or the ratio: a row that is missing is not a node that is done."""
-    listed = {node.node for node in action.nodes}
-    _, _, total = action.nodes_updated.partition("/")
-    return action.complete and (members <= listed or (total.isdigit() and int(total) >= len(members)))
+def _ran(action: UpdateAction, baseline: Data, *, tried: bool) -> bool:
+    """Whether an update that is stopped ran since the baseline: then it was stopped after that, and stays so.
+
+    One that was stopped then already did not if nothing of it has changed. Where AWS gives nothing to compare, a
+    request of ours may have been what ran.
+    """
+    if baseline.get("begun") or baseline.get("status") not in {None, UpdateStatus.STOPPED}:
+        return True
+    rows = {row["node"]: row for row in baseline.get("nodes", ())}
+    pairs = [(rows[node.node], noted(node)) for node in action.nodes if node.node in rows]
+    if baseline.get("modified") and action.modified:
+        pairs.append((baseline["modified"], noted(action.modified)))
+    return any(before != now for before, now in pairs) or (tried and not pairs)
 
 
 def _superseded(action: UpdateAction, *, tried: bool) -> NothingToDo | Unsafe:
     why = f"{action.update} no longer applies to this group; a newer update may have superseded it"
-    return Unsafe(f"{why}, after it was triggered: look at the group in the console") if tried else NothingToDo(why)
+    if not tried:
+        return NothingToDo(why)
+    return Unsafe(f"{why}, after it was triggered: look at the group in the console")
