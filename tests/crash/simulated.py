@@ -106,7 +106,7 @@ class SimulatedWorld(World):
         """Two chords get stuck by each failover: one that can be cured and one that cannot."""
         self.failovers += 1
         names = f"chord-{self.failovers}", f"odd-{self.failovers}"
-        self.stick(stuck(names[0]), stuck(names[1], Remedy.NONE), age=timedelta())
+        self.stick(stuck(names[0]), stuck(names[1], Remedy.NONE, "half-published"), age=timedelta())
 
     def _run(self, script: Script, _name: str) -> None:
         """Play a script as the clock advances."""
