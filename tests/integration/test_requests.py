@@ -58,6 +58,13 @@ def test_requests_come_back_in_order_with_who_asked_and_why(database: Database) 
     assert approval(asked, "f" * 16) is None
 
 
+def test_a_secret_in_a_reason_is_not_kept(database: Database) -> None:
+    run_id = begin(database).run_id
+    asked = requests.ask(database, run_id, Ask.STOP, reason="see postgresql://u:hunter2@h/db")
+    assert requests.requests(database, run_id) == (asked,)
+    assert asked.reason == "see postgresql://***@h/db"
+
+
 def test_the_last_of_pause_and_resume_counts_and_a_stop_beats_both(database: Database) -> None:
     journal = begin(database)
     held = []

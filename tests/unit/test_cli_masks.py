@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from patchpilot.cli import app as cli
@@ -27,5 +29,7 @@ def test_errors_are_masked(
 
 
 def test_data_is_masked(capsys: pytest.CaptureFixture[str]) -> None:
-    emit_json({"why": SECRET})
-    assert "hunter2" not in capsys.readouterr().out
+    emit_json({"why": SECRET, "dsn": "host=h password=hunter2"})
+    assert json.loads(capsys.readouterr().out) == {
+        "why": "cannot reach rediss://***@h:6379/0", "dsn": "host=h password=***",
+    }  # fmt: skip
