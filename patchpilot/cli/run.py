@@ -190,14 +190,21 @@ class _Pilot:
 
     def _stopped(self, run_id: str, files: report.Files, error: PatchpilotError) -> None:
         """Say how it stands. What is known so far makes a report as well, unless somebody else goes on with the run."""
-        found: dict[str, str] = {}
-        if not isinstance(error, LeaseLost):
-            written = files.write()
-            found = {key: written[key] for key in ("json", "markdown")}
-            say(f"report so far: {found['markdown']}")
+        found = {} if isinstance(error, LeaseLost) else _so_far(files)
         if self._output is Output.JSON:
             outcome = error.exit_code.name.lower().replace("_", "-")
             emit_json({"run_id": run_id, "outcome": outcome, "why": mask(str(error)), "report": found})
+
+
+def _so_far(files: report.Files) -> dict[str, str]:
+    """Write the report of a run that stopped. That it cannot be written does not change how the run stands."""
+    try:
+        written = files.write()
+    except PatchpilotError as error:
+        say(f"no report so far: {mask(str(error))}")
+        return {}
+    say(f"report so far: {written['markdown']}")
+    return {key: written[key] for key in ("json", "markdown")}
 
 
 class _Narrator:
