@@ -36,6 +36,23 @@ def is_readable(dsn: str) -> bool:
     return not astray and all(port.isdigit() for port in parts.get("port", "0").split(",") if port)
 
 
+def refusal(dsn: str) -> str:
+    """Why libpq would not even try ``dsn``, which is readable; empty if it would. Nobody is connected to.
+
+    libpq looks at most values only when it connects: let it begin, to a place that does not exist.
+    """
+    from psycopg import pq
+    from psycopg.conninfo import make_conninfo
+
+    # With a password, so that no file of passwords is looked at, and complained of.
+    nowhere = make_conninfo(dsn, host="/nonexistent", hostaddr="", port="1", password="-")  # noqa: S106
+    connection = pq.PGconn.connect_start(nowhere.encode())
+    said = connection.error_message.decode(errors="replace").strip()
+    connection.finish()
+    tried = not said or said.startswith(("connection to server", "could not connect to server"))
+    return "" if tried else " ".join(re.sub(r'"[^"]*"', "...", said).split())
+
+
 def mask(text: str) -> str:
     """``text`` with the credentials of every URL and libpq string in it replaced by ``***``."""
     text = _URL_CREDENTIALS.sub(r"\g<scheme>***@", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socketserver
 import traceback
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from patchpilot.dsn import is_readable, mask, masked
+from patchpilot.dsn import is_readable, mask, masked, refusal
 from patchpilot.errors import NeedsOperator, PatchpilotError
 from patchpilot.postgres.connection import Database
 
@@ -60,6 +61,19 @@ def test_a_malformed_dsn_is_not_quoted(dsn: str) -> None:
 @pytest.mark.parametrize("dsn", GOOD)
 def test_a_dsn_that_libpq_reads_is_taken(dsn: str) -> None:
     assert is_readable(dsn)
+
+
+@pytest.mark.parametrize("dsn", GOOD[:-1])
+def test_libpq_would_try_it(dsn: str) -> None:
+    assert refusal(dsn) == ""
+
+
+@pytest.mark.parametrize("option", ["sslmode=nonsense", "keepalives=often"])
+def test_what_libpq_does_not_take_is_not_tried_again(option: str) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        dsn = f"host=127.0.0.1 port={server.server_address[1]} {option}"
+        with Database(dsn, budget=600) as database, pytest.raises(NeedsOperator, match="invalid"):
+            database.fetch("SELECT 1")
 
 
 @pytest.mark.parametrize("dsn", ["postgresql://u:hunter2@127.0.0.1:1/db", "postgresql://u:hunter2@nowhere.invalid/db"])
