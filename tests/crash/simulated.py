@@ -174,6 +174,9 @@ class SimulatedWorld(World):
     def node_types(self, group: str) -> tuple[str, ...]:
         return self.cloud.node_types(group)
 
+    def engine_versions(self, engine: str) -> tuple[str, ...]:
+        return self.cloud.engine_versions(engine)
+
     # The nodes.
 
     def endpoint(self) -> Report:

@@ -248,6 +248,10 @@ class World:
     def node_types(self, group: str) -> tuple[str, ...]:
         return ("cache.r7g.large", "cache.r7g.xlarge")
 
+    def engine_versions(self, engine: str) -> tuple[str, ...]:
+        self._trip("engine_versions")
+        return ("8.0", "8.1")
+
     def newest(self, now: datetime) -> tuple[float, ...]:
         self._trip("gauge")
         return self.gauge
