@@ -19,6 +19,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Site, Window
 from patchpilot.recovery.findings import Kind
+from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, later, mourn, total
@@ -204,6 +205,8 @@ def test_what_somebody_sends_again_meanwhile_is_not_ended(
     assert waiting.parent.results[0].state == "PENDING"
     assert [it.remedy for it in recovery.recover(NOW)] == ["revoke-part"]
     assert waiting.state == "FAILURE"
+    with Database(shop.dsn) as database:
+        assert life(database, waiting.parent.id).why == "1 of 1 parts failed, so its errbacks ran instead"
 
 
 def test_of_a_queue_that_a_worker_without_patchpilot_consumes_nothing_is_called_lost(
