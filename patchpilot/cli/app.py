@@ -72,7 +72,7 @@ def run_app(arguments: Sequence[str] | None = None, prog_name: str | None = None
         refuse_blanks(arguments)
         outcome = app(arguments, prog_name, standalone_mode=False)
     except PatchpilotError as error:
-        say(f"patchpilot: {mask(str(error))}")
+        say(f"patchpilot: {mask(' '.join(str(error).split()))}")  # one line, whatever was quoted in it
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         say("patchpilot: interrupted")

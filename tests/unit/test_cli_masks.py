@@ -21,11 +21,20 @@ def test_errors_are_masked(
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
-    assert cli.run_app() == code
+    assert cli.run_app([]) == code
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "rediss://***@h:6379/0" in printed.err
     assert "hunter2" not in printed.err
+
+
+def test_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Unsafe("there is no plan a\n b")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.run_app([]) == Exit.ERROR
+    assert capsys.readouterr().err == "patchpilot: there is no plan a b\n"
 
 
 def test_data_is_masked(capsys: pytest.CaptureFixture[str]) -> None:
