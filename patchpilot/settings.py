@@ -11,12 +11,21 @@ import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from patchpilot.dsn import MALFORMED, is_readable
+from patchpilot.dsn import MALFORMED, is_readable, refusal
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
 
@@ -32,6 +41,9 @@ def _as_duration(value: object) -> object:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_as_duration)]
+
+Filled = Annotated[str, Field(pattern=r"\S")]
+Region = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")]
 
 Role = Literal["broker", "cache", "volatile"]
 
@@ -49,13 +61,21 @@ class Postgres(_Section):
 class Aws(_Section):
     """How to reach ElastiCache and CloudWatch. Everything unset is left to boto3's own rules."""
 
-    region: str | None = None
-    profile: str | None = None
-    endpoint_url: str | None = None
+    region: Region | None = None
+    profile: Filled | None = None
+    endpoint_url: Filled | None = None
     """Of something that answers for both ElastiCache and CloudWatch, such as the lab."""
     credentials_file: Path | None = None
     metrics: bool = True
     """Whether pre-flight reads CloudWatch's metrics of the nodes. Alarms it always reads."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _an_url(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "http://h")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("is no URL like https://elasticache.eu-central-1.amazonaws.com")
+        return url
 
 
 class Metric(_Section):
@@ -68,8 +88,8 @@ class Metric(_Section):
     period: Duration = timedelta(minutes=1)
     points: int = Field(default=3, ge=1, le=60)
     """How many values in a row have to be past the limit: one alone may be a blip, and a failover is one."""
-    above: float | None = None
-    below: float | None = None
+    above: float | None = Field(default=None, allow_inf_nan=False)
+    below: float | None = Field(default=None, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -150,7 +170,7 @@ class Cluster(_Section):
     """``global_keyprefix`` of the broker transport options, if the application sets one."""
     broker_name: str | None = None
     """``patchpilot_broker`` of the application, if it sets one."""
-    region: str | None = None
+    region: Region | None = None
 
 
 class Settings(BaseSettings):
@@ -230,8 +250,11 @@ class Settings(BaseSettings):
 
 def _readable_dsn(dsn: str) -> str:
     """``dsn``, if libpq can read it. Its own complaint would quote the password."""
+    name = "the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES)"
     if not is_readable(dsn):
-        raise Usage(f"the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES) {MALFORMED}")
+        raise Usage(f"{name} {MALFORMED}")
+    if why := refusal(dsn):
+        raise Usage(f"{name} has a value that libpq does not take: {why}")
     return dsn
 
 
@@ -241,6 +264,7 @@ def _readable_endpoint(url: str, name: str) -> str:
         parts = urlsplit(url)
         database = parts.path.strip("/")
         good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+        good = good and not set(parts.hostname or "") & set(" \t%<>{}|^`\\")
         good = good and (not database or database.isdecimal())
     except ValueError:
         good = False
@@ -249,7 +273,29 @@ def _readable_endpoint(url: str, name: str) -> str:
             f"{name} is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
             "and percent-encode special characters of the password"
         )
+    for key, value in parse_qsl(parts.query, keep_blank_values=True):
+        if not _is_taken(parts.scheme, key, value):
+            raise Usage(f"{name}: {parts.scheme}:// does not take the parameter {key}, or not with this value")
     return url
+
+
+_NO_TEXT = {
+    "connection_class", "connection_pool", "credential_provider", "encoder_class", "event_dispatcher", "parser_class",
+    "redis_connect_func", "retry", "retry_on_error", "socket_keepalive_options", "host", "port", "path",
+}  # fmt: skip
+"""What redis-py takes as an object only; and what an address has in its place."""
+
+
+def _is_taken(scheme: str, key: str, value: str) -> bool:
+    """Whether redis-py takes a parameter of an URL: it says so when it makes a connection, before it connects."""
+    import redis
+
+    try:
+        pool = redis.ConnectionPool.from_url(f"{scheme}://h/0?{urlencode({key: value})}")
+        pool.connection_class(**pool.connection_kwargs)
+    except (TypeError, ValueError, redis.RedisError):
+        return False
+    return key not in _NO_TEXT
 
 
 def load(path: Path | None = None) -> Settings:

@@ -105,6 +105,8 @@ REMEDIES = {
     Remedy.REQUEUE: "put the message back into its queue, as Celery does after the visibility timeout",
     Remedy.RECORD_PART: "record the part from the result of its task; if that completes the chord, dispatch its "
     "callback",
+    Remedy.REVOKE_PART: "store that its task was revoked, as a worker does that meets it, and record the part from "
+    "there; if that completes the chord, it fails: its errbacks are called",
     Remedy.NONE: "nothing",
 }
 

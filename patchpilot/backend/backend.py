@@ -16,6 +16,7 @@ from celery import Celery, signals, states
 from celery._state import get_current_task
 from celery.backends.redis import RedisBackend
 from celery.canvas import Signature
+from celery.exceptions import TaskRevokedError
 from celery.result import result_from_tuple
 from celery.utils.log import get_logger
 from kombu.exceptions import EncodeError
@@ -84,12 +85,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def _store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
     ) -> Any:
-        meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
-        meta["task_id"] = bytes_to_str(task_id)
-        if errbacks.are_called_elsewhere():
-            meta["children"] = []  # recovery stores what a worker would have: there, a task is current
-        payload = self.encode(meta)
-        row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
+        payload = self._meta(task_id, result, state, traceback, request)
+        row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self.lifetime(state)}
         try:
             # Celery 5.5 and older store the error of a chord with a chain for a body under no id, and with no request.
             if request is not None and getattr(request, "patchpilot_done", None) == task_id:
@@ -106,6 +103,19 @@ class Backend(RedisBackend):  # type: ignore[misc]
             self._notify(task_id, payload)
         return result
 
+    def _meta(self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None) -> Any:
+        meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
+        meta["task_id"] = bytes_to_str(task_id)
+        if errbacks.are_called_elsewhere():
+            meta["children"] = []  # recovery stores what a worker would have: there, a task is current
+        return self.encode(meta)
+
+    def revoked(self, task_id: str, reason: str) -> bytes:
+        """The result of a task that was revoked or has expired, as it is stored."""
+        error = self.encode_result(TaskRevokedError(reason), states.REVOKED)
+        payload: bytes = ensure_bytes(self._meta(task_id, error, states.REVOKED))
+        return payload
+
     def _end(self, request: Any, result: Any) -> dict[str, Any]:
         """What a successful task leaves behind besides its result: a part of a chord, a message, a start."""
         in_chord = request.chord is not None and request.group
@@ -119,7 +129,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             "message_id": getattr(request, MESSAGE_ID, None),
         }
 
-    def _lifetime(self, state: str) -> timedelta | None:
+    def lifetime(self, state: str) -> timedelta | None:
         """How long a result is kept; None for ever."""
         failures = getattr(self, "failure_expires", self.expires)  # since Celery 5.7
         seconds = failures if state == states.FAILURE else self.expires
@@ -158,7 +168,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def _save_group(self, group_id: str, result: Any) -> Any:
         payload = ensure_bytes(self.encode({"result": result.as_tuple()}))
-        row = {"group_id": str(group_id), "meta": payload, "expires": self._lifetime(states.SUCCESS)}
+        row = {"group_id": str(group_id), "meta": payload, "expires": self.lifetime(states.SUCCESS)}
         self.database.execute(SQL["save_group"], row)
         return result
 

@@ -50,7 +50,9 @@ class Identity:
             return
         self._due[name] = now + AGAIN
         try:
-            (channel or connection.default_channel).client.sadd(NAMES, name)
+            # By a connection of its own: on the channel's, a worker may be waiting for its next message.
+            with (channel or connection.default_channel).conn_or_acquire() as client:
+                client.sadd(NAMES, name)
         except (RedisError, OSError) as error:
             logger.debug("The name %s was not left in the broker: %r", name, error)
 

@@ -11,6 +11,7 @@ import typer
 
 from patchpilot import __version__
 from patchpilot.cli import asking, chords, db, lab
+from patchpilot.cli.blanks import refuse_blanks
 from patchpilot.cli.console import say
 from patchpilot.cli.plan import plan
 from patchpilot.cli.preflight import preflight
@@ -66,10 +67,12 @@ def root(
 
 def run_app(arguments: Sequence[str] | None = None, prog_name: str | None = None) -> int:
     """Run the command line and return its exit code. Never a traceback, unless PATCHPILOT_DEBUG asks for one."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        refuse_blanks(arguments)
         outcome = app(arguments, prog_name, standalone_mode=False)
     except PatchpilotError as error:
-        say(f"patchpilot: {mask(str(error))}")
+        say(f"patchpilot: {mask(' '.join(str(error).split()))}")  # one line, whatever was quoted in it
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         say("patchpilot: interrupted")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from patchpilot.dsn import mask
+from patchpilot.dsn import masked
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
 from patchpilot.settings import Settings, load
@@ -53,12 +53,12 @@ def emit(text: str) -> None:
 
 def emit_json(data: Any) -> None:
     """Data for a script."""
-    emit(mask(json.dumps(data, indent=2, default=str)))
+    emit(json.dumps(masked(data), indent=2, default=str))
 
 
 def emit_line(data: Any) -> None:
     """Data for a script that reads as it comes: one line of JSON."""
-    emit(mask(json.dumps(data, default=str)))
+    emit(json.dumps(masked(data), default=str))
 
 
 def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -104,12 +105,10 @@ def run(
         Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database,
         stop_signals("stopping at the next checkpoint; the same command goes on from there") as stop,
     ):
-        planned = _planned(database, settings.environment, cluster, plan) if plan else {}
-        if planned and grace is None:
-            waits["grace"] = timedelta(seconds=planned["grace"])
-        changed = settings.model_copy(update={"runbook": settings.runbook.model_copy(update=waits)})
+        planned = {} if plan is None else _planned(database, settings.environment, cluster, plan)
         given = {name: value for name, value in asked.items() if value is not None}
-        return _Pilot(changed, cluster, database, output, waivers).fly({**aim_of(planned), **given}, stop)
+        pilot = _Pilot(settings, cluster, database, output, waivers, waits)
+        return pilot.fly({**aim_of(planned), **given}, stop)
 
 
 def _planned(database: Database, environment: str, cluster: str, plan: str) -> dict[str, Any]:
@@ -121,25 +120,28 @@ def _planned(database: Database, environment: str, cluster: str, plan: str) -> d
 
 
 class _Pilot:
-    """One invocation of the run command."""
+    """One invocation of the run command.
+
+    :param waits: the waiting times that the command line gives, in place of those of the settings.
+    """
 
     def __init__(
-        self, settings: Settings, cluster: str, database: Database, output: Output, waivers: Mapping[str, str]
-    ) -> None:
+        self, settings: Settings, cluster: str, database: Database, output: Output, waivers: Mapping[str, str],
+        waits: Mapping[str, timedelta],
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._waivers = waivers
+        self._waits = waits
         self._cluster = cluster
         self._database = database
         self._output = output
 
     def fly(self, asked: Asked, stop: threading.Event) -> int:
         """Take the run up, or begin one, and drive it. Returns the exit code."""
-        settings = self._settings
-        with (
-            journals.open_run(self._database, settings.environment, self._cluster) as journal,
-            Outfit(settings, self._cluster, self._database, self._waivers) as outfit,
-        ):
+        with journals.open_run(self._database, self._settings.environment, self._cluster) as journal, ExitStack() as on:
             order = self._order(asked, journal)
+            settings = self.waiting_as(order)
+            outfit = on.enter_context(Outfit(settings, self._cluster, self._database, self._waivers))
             files = report.Files(journal, journals.find_run(self._database, journal.run_id), settings.reports)
             runner = Runner(
                 phases.runbook(outfit.desk(order, files, journal.run_id)), journal, SYSTEM, stop=stop,
@@ -163,6 +165,14 @@ class _Pilot:
         say(f"run {journal.run_id} of cluster {self._cluster!r}: {order.title}{again}")
         return order
 
+    def waiting_as(self, order: Order) -> Settings:
+        """The settings, with the waiting times of the command line; else of the plan that the run is held to."""
+        settings, waits = self._settings, dict(self._waits)
+        if order.plan is not None and "grace" not in waits:
+            planned = _planned(self._database, settings.environment, self._cluster, order.plan)
+            waits["grace"] = timedelta(seconds=planned["grace"])
+        return settings.model_copy(update={"runbook": settings.runbook.model_copy(update=waits)})
+
     def _ended(self, run_id: str, record: RunRecord) -> int:
         """Say how it ended, and where the report is."""
         end = record.finished.data if record.finished else {}
@@ -180,14 +190,21 @@ class _Pilot:
 
     def _stopped(self, run_id: str, files: report.Files, error: PatchpilotError) -> None:
         """Say how it stands. What is known so far makes a report as well, unless somebody else goes on with the run."""
-        found: dict[str, str] = {}
-        if not isinstance(error, LeaseLost):
-            written = files.write()
-            found = {key: written[key] for key in ("json", "markdown")}
-            say(f"report so far: {found['markdown']}")
+        found = {} if isinstance(error, LeaseLost) else _so_far(files)
         if self._output is Output.JSON:
             outcome = error.exit_code.name.lower().replace("_", "-")
             emit_json({"run_id": run_id, "outcome": outcome, "why": mask(str(error)), "report": found})
+
+
+def _so_far(files: report.Files) -> dict[str, str]:
+    """Write the report of a run that stopped. That it cannot be written does not change how the run stands."""
+    try:
+        written = files.write()
+    except PatchpilotError as error:
+        say(f"no report so far: {mask(str(error))}")
+        return {}
+    say(f"report so far: {written['markdown']}")
+    return {key: written[key] for key in ("json", "markdown")}
 
 
 class _Narrator:

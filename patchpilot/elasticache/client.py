@@ -183,6 +183,11 @@ class ElastiCache(Calls["ElastiCacheClient"]):
         )
         return tuple(sorted({*answer.get("ScaleUpModifications", ()), *answer.get("ScaleDownModifications", ())}))
 
+    def engine_versions(self, engine: str) -> tuple[str, ...]:
+        """The versions of ``engine`` that AWS offers in this region."""
+        rows = self._pages("describe_cache_engine_versions", "CacheEngineVersions", Engine=engine)
+        return tuple(row["EngineVersion"] for row in rows if row.get("EngineVersion"))
+
     def _batch(self, action: str, ask: Callable[[ElastiCacheClient], Any], group: str) -> Application:
         """The part of the answer that is about ``group``; both lists may hold something at once."""
         answer = self._call(action, ask, once=True)
@@ -204,6 +209,7 @@ class ElastiCache(Calls["ElastiCacheClient"]):
             "describe_cache_parameters",
             "describe_snapshots",
             "describe_events",
+            "describe_cache_engine_versions",
         ],
         key: str,
         **params: Any,

@@ -1,4 +1,4 @@
-"""What botocore's model says of ElastiCache's operations and their answers; and putting other values into answers."""
+"""What botocore's model says of operations and their answers; and putting other values into answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ _KINDS = {"string": str, "integer": int, "boolean": bool, "double": float, "time
 
 
 def operations(pattern: str) -> Collection[str]:
-    """The operations that ``pattern`` means; `*` and `?` as in file names.
+    """The operations of ElastiCache that ``pattern`` means; `*` and `?` as in file names.
 
     :raises ValueError: if there is none; in one line.
     """
-    found = [name for name in _model().operation_names if fnmatchcase(name, pattern)]
+    found = _named(pattern, "elasticache")
     if not found:
         raise ValueError(f"ElastiCache has no operation {pattern!r}")
     return found
+
+
+def is_of_cloudwatch(pattern: str) -> bool:
+    """Whether ``pattern`` means operations of CloudWatch: it means none of ElastiCache."""
+    return not _named(pattern, "elasticache") and bool(_named(pattern, "cloudwatch"))
+
+
+def _named(pattern: str, service: str) -> list[str]:
+    return [name for name in _model(service).operation_names if fnmatchcase(name, pattern)]
 
 
 def check(operation: str, path: str, value: object) -> None:
@@ -33,7 +42,7 @@ def check(operation: str, path: str, value: object) -> None:
     """
     if operations(operation) != [operation]:
         raise ValueError(f"an override is about one operation, not {operation!r}")
-    shape = _model().operation_model(operation).output_shape
+    shape = _model("elasticache").operation_model(operation).output_shape
     for name in path.split("."):
         shape = _item(shape)
         if shape.type_name != "structure" or name not in shape.members:
@@ -64,5 +73,5 @@ def _item(shape: Any) -> Any:
 
 
 @cache
-def _model() -> Any:
-    return botocore.session.get_session().get_service_model("elasticache")
+def _model(service: str) -> Any:
+    return botocore.session.get_session().get_service_model(service)

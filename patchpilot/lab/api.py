@@ -76,6 +76,7 @@ class Api:
             "DescribeServiceUpdates": self._service_updates,
             "DescribeUpdateActions": self._update_actions,
             "DescribeEvents": self._events,
+            "DescribeCacheEngineVersions": self._engine_versions,
             "ListAllowedNodeTypeModifications": self._node_types,
         }
         self._writes: dict[str, Callable[[Params], Answer]] = {
@@ -276,6 +277,17 @@ class Api:
             self._operators[group.group_id].modify(target)
         changed = self._world.view().groups[group.group_id]
         return {"ReplicationGroup": rows.replication_group(self._world, changed)}
+
+    def _engine_versions(self, params: Params, _view: View) -> Answer:
+        wanted = {name: params.get(name) for name in ("Engine", "EngineVersion", "CacheParameterGroupFamily")}
+        found = [
+            row
+            for engine, versions in modifications.VERSIONS.items()
+            for version in (versions[-1:] if params.get("DefaultOnly") else versions)
+            for row in [rows.engine_version(engine, version)]
+            if all(value in (None, row[name]) for name, value in wanted.items())
+        ]
+        return self._page("CacheEngineVersions", found, params)
 
     def _node_types(self, params: Params, view: View) -> Answer:
         group = self._group(view.groups, params.get("ReplicationGroupId"))

@@ -86,7 +86,8 @@ class Cloud:
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
         # What moto's own ThreadedMotoServer does, except that this one stops at once.
         application = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server(HOST, 0, application, threaded=True, request_handler=MotoRequestHandler)
+        front = _Front(application, self.api)
+        self._server = make_server(HOST, 0, front, threaded=True, request_handler=MotoRequestHandler)
         LabResponse.clouds[self._server.server_port] = self
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": _POLL_SECONDS}, name="simulator", daemon=True
@@ -106,6 +107,26 @@ class Cloud:
         row = {"time": self.world.now().isoformat(), "action": action, "parameters": parameters}
         with self._writing, self.calls.open("a", encoding="utf-8") as log:
             log.write(json.dumps(row, default=str) + "\n")
+
+
+class _Front:
+    """Lets CloudWatch's operations fail as the scenario says, before moto hears of them."""
+
+    _TARGET = "GraniteServiceVersion20100801."
+
+    def __init__(self, application: Any, api: DisturbedApi) -> None:
+        self._application, self._api = application, api
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+        service, _, action = environ.get("HTTP_X_AMZ_TARGET", "").partition(self._TARGET)
+        try:
+            if action and not service:
+                self._api.trip(action, of_cloudwatch=True)
+        except Fault as fault:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start(f"{fault.status or 400} Failed", [("Content-Type", "application/x-amz-json-1.0")])
+            return [json.dumps({"__type": fault.code, "message": fault.message}).encode()]
+        return self._application(environ, start)
 
 
 def install() -> None:
@@ -180,6 +201,9 @@ class LabResponse(ElastiCacheResponse):
         return self._modelled()
 
     def modify_replication_group(self) -> ActionResult:
+        return self._modelled()
+
+    def describe_cache_engine_versions(self) -> ActionResult:
         return self._modelled()
 
     def list_allowed_node_type_modifications(self) -> ActionResult:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from patchpilot.lab.answers import override
+from patchpilot.lab.answers import is_of_cloudwatch, override
 from patchpilot.lab.api import Answer, Api, Fault, Params
 from patchpilot.lab.scenario import CALM, Failing, Refusal, Scenario, Some, Stale, Telling, Window
 from patchpilot.lab.world import Event, Milestone, View, World
@@ -61,12 +61,12 @@ class DisturbedApi:
             raise _fault(failing)
         return answer
 
-    def trip(self, operation: str) -> None:
+    def trip(self, operation: str, *, of_cloudwatch: bool = False) -> None:
         """Fail, or not, in an operation that somebody else performs.
 
         :raises Fault: for an error answer.
         """
-        failing = self._failing(operation)
+        failing = self._failing(operation, of_cloudwatch=of_cloudwatch)
         if failing is not None:
             raise _fault(failing)
 
@@ -83,8 +83,9 @@ class DisturbedApi:
                     override(answer, path, value)
         return answer
 
-    def _failing(self, operation: str) -> Failing | None:
-        return self._hit([each for each in self._scenario.failing if fnmatchcase(operation, each.operation)])
+    def _failing(self, operation: str, *, of_cloudwatch: bool = False) -> Failing | None:
+        meant = [each for each in self._scenario.failing if is_of_cloudwatch(each.operation) is of_cloudwatch]
+        return self._hit([each for each in meant if fnmatchcase(operation, each.operation)])
 
     def _hit(self, rules: Sequence[S]) -> S | None:
         """The first rule that hits this call. Each of them counts the calls that come within its window."""

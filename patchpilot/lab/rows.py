@@ -151,6 +151,18 @@ def snapshot(world: World, group: Group, taken: Snapshot) -> Row:
     }
 
 
+def engine_version(engine: str, version: str) -> Row:
+    """A row of DescribeCacheEngineVersions."""
+    major = version.partition(".")[0]
+    return {
+        "Engine": engine,
+        "EngineVersion": version,
+        "CacheParameterGroupFamily": f"{engine}6.x" if (engine, major) == ("redis", "6") else f"{engine}{major}",
+        "CacheEngineDescription": engine.capitalize(),
+        "CacheEngineVersionDescription": f"{engine} version {version}",
+    }
+
+
 def service_update(update: ServiceUpdate) -> Row:
     """A row of DescribeServiceUpdates."""
     return {

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.lab.answers import check, operations
+from patchpilot.lab.answers import check, is_of_cloudwatch, operations
 from patchpilot.lab.world import Milestone
 from patchpilot.settings import Duration
 
@@ -30,6 +30,16 @@ def _as_operation(pattern: str) -> str:
 
 Operation = Annotated[str, AfterValidator(_as_operation)]
 """The name of an operation, or a pattern such as `Describe*`."""
+
+
+def _as_call(pattern: str) -> str:
+    if not is_of_cloudwatch(pattern):
+        operations(pattern)
+    return pattern
+
+
+Call = Annotated[str, AfterValidator(_as_call)]
+"""Likewise; or of operations of CloudWatch, if ElastiCache has none that it means."""
 
 
 def _as_shift(value: object) -> object:
@@ -92,7 +102,7 @@ class Stale(Window):
 class Failing(Some):
     """Calls fail with an error."""
 
-    operation: Operation = "*"
+    operation: Call = "*"
     code: str = Field(min_length=1)
     message: str = "The scenario wants it so."
     status: int = Field(400, ge=400, le=599)

@@ -61,6 +61,8 @@ class Cloud(Protocol):
 
     def node_types(self, group: str) -> tuple[str, ...]: ...
 
+    def engine_versions(self, engine: str) -> tuple[str, ...]: ...
+
 
 class Gauge(Protocol):
     """The metric that can stop a rotation: :class:`patchpilot.elasticache.metrics.Metrics`."""

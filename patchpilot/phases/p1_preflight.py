@@ -17,6 +17,7 @@ from patchpilot.phases.cures import cure, recover
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import noted
 from patchpilot.phases.operations import operation
+from patchpilot.phases.order import Kind
 from patchpilot.phases.proofs import before
 from patchpilot.phases.proposal import HoldToPlan, offered
 from patchpilot.phases.readings import known, read_endpoint, read_members
@@ -140,6 +141,9 @@ def read(desk: Desk, view: View) -> Situation:
         fleet=known(desk.workers.look, patient=patient) if desk.workers else None,
         stuck=_stuck(desk, patient),
         schema=desk.schema(),
+        offered=known(lambda: desk.cloud.engine_versions(choice.aim["engine"]), patient=patient)
+        if choice.operation is Kind.ENGINE_UPGRADE
+        else (),
     )
 
 

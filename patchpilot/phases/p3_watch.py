@@ -7,6 +7,7 @@ come from the nodes' own word, from events, or from the roles that AWS shows, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 from patchpilot.elasticache.facts import UpdateStatus
@@ -92,12 +93,21 @@ class FollowRotation(_Following):
         stop, aside = found.stop, "".join(f"; a limit is not watched at the moment: {why}" for why in found.unread)
         if stop and not self._can_stop(view, at):
             aside, stop = f"{aside}; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
-        return look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
+        seen = look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
+        return _with_unwatched(view, seen, found.unread)
 
     def _can_stop(self, view: View, at: Standing) -> bool:
         """Whether AWS can stop it; or there is nothing to stop, because it was given up and never began."""
         never_began = at.sign in RESTING and "given_up" in view.facts["trigger"]
         return self._operation.stoppable or never_began
+
+
+def _with_unwatched(view: View, seen: Observation, unread: tuple[str, ...]) -> Observation:
+    """What was seen, and on record since when a limit cannot be watched: for as long as that lasts, by the first word
+    of why, because such words differ from look to look."""
+    if not unread or not isinstance(seen, NotYet):
+        return seen
+    return replace(seen, seen={**seen.seen, "unwatched": view.seen.get("unwatched") or "; ".join(unread)})
 
 
 def look(

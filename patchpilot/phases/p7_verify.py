@@ -35,6 +35,9 @@ from patchpilot.workers.facts import Depth
 FLIGHT = timedelta(minutes=5)
 """How long a canary may take to come back before another one is sent. It expires later than that."""
 
+TOLD = ("half-published", "shadow")
+"""Diagnoses of chords that are nobody's loss: the caller was told that it was not sent, or it is only watched."""
+
 
 class Verify(Phase):
     """Prove that all is well."""
@@ -57,6 +60,10 @@ class Evidence:
     """None for a cluster that is no broker."""
     min_age: timedelta = timedelta()
     """How long something makes no progress before it counts as stuck."""
+    earlier: frozenset[str] = frozenset()
+    """Ids of what was stuck before the patch and was left to a person."""
+    waived: str = ""
+    """Why somebody answers for the chords that only a person can judge; empty if nobody does."""
     workplace: Workplace | None = None
     """None for a cluster that is no broker."""
     alarms: tuple[Alarm, ...] | str = ()
@@ -128,6 +135,8 @@ class Prove(Step):
             members=read_members(desk, group) if desk.nodes else {},
             stuck=desk.recovery.survey(desk.window) if desk.recovery else None,
             min_age=desk.window.min_age,
+            earlier=frozenset(it["id"] for it in view.facts["recover-beforehand"].get("left", ())),
+            waived=desk.waivers.get("chords", ""),
             workplace=self._workplace(view, earlier),
             alarms=known(lambda: desk.monitoring.alarms([desk.group, *nodes]), patient=True),
             before=earlier,
@@ -147,7 +156,7 @@ def claims(at: Evidence) -> tuple[Claim, ...]:
     if at.endpoint is not None:
         proof += [_answers(at.endpoint), _one_primary(at), _replicas_follow(at)]
     if at.stuck is not None:
-        proof.append(_nothing_stuck(at.stuck, at.min_age))
+        proof.append(_nothing_stuck(at.stuck, at))
     if at.workplace is not None:
         proof += worker_claims(at.workplace)
     quiet = alarm_claim(at.alarms, at.before)
@@ -242,9 +251,19 @@ def _replicas_follow(at: Evidence) -> Claim:
     )
 
 
-def _nothing_stuck(stuck: tuple[Finding, ...], min_age: timedelta) -> Claim:
+def _nothing_stuck(stuck: tuple[Finding, ...], at: Evidence) -> Claim:
+    """Nothing that recovery could cure, and no chord that got stuck since the patch began."""
     curable = [finding for finding in stuck if finding.curable]
-    rest = f", {len(stuck) - len(curable)} that only a person can judge" if len(stuck) > len(curable) else ""
-    first = f", first {curable[0].kind} {curable[0].id}: {curable[0].reason}" if curable else ""
-    evidence = f"{len(curable)} stuck for longer than {length(min_age)}{first}{rest}"
-    return Claim("nothing-stuck", not curable, evidence)
+    judged = [finding for finding in stuck if not finding.curable]
+    new = [it for it in judged if it.kind == "chord" and it.id not in at.earlier and it.diagnosis not in TOLD]
+    evidence = [f"{len(curable)} stuck for longer than {length(at.min_age)}{_first(curable)}"]
+    if judged:
+        known = f"{len(new)} of them chords that were not stuck before the patch{_first(new)}"
+        evidence.append(f"{len(judged)} that only a person can judge, {known}")
+    if new and at.waived:
+        evidence.append(f"somebody answers for these: {at.waived}")
+    return Claim("nothing-stuck", not curable and (not new or bool(at.waived)), "; ".join(evidence))
+
+
+def _first(findings: list[Finding]) -> str:
+    return f", first {findings[0].kind} {findings[0].id}: {findings[0].reason}" if findings else ""

@@ -139,7 +139,7 @@ class HoldToPlan(Step):
         if self._desk.gauge:
             self._desk.gauge.newest(view.now)  # whoever may not read it is told now, not in the middle
         asked = self._desk.order.plan
-        return self._compared(asked, view.now) if asked else Reached({"digest": None})
+        return Reached({"digest": None}) if asked is None else self._compared(asked, view.now)
 
     def _compared(self, asked: str, now: datetime) -> Observation:
         held = self._desk.recall(asked)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,11 @@ CONNECT_TIMEOUT = 5
 
 # Where PostgreSQL is reachable but will never accept us: class 28 (authorisation), 3D000 (no such database).
 _HOPELESS = ("28", "3D")
+_REFUSED_WORDS = (
+    "authentication failed", "does not exist", "no pg_hba.conf entry", "unrecognized configuration parameter",
+)  # fmt: skip
+_INVALID = re.compile(r"invalid (?:\w+ )?value")
+"""libpq does not take a part of the DSN, or the server one of its settings."""
 
 
 class Database:
@@ -171,7 +177,7 @@ def _is_hopeless(error: psycopg.Error) -> bool:
         return error.sqlstate.startswith(_HOPELESS)
     # libpq gives no SQLSTATE for a refused log-in.
     text = str(error)
-    return "authentication failed" in text or "does not exist" in text or "no pg_hba.conf entry" in text
+    return any(words in text for words in _REFUSED_WORDS) or _INVALID.search(text) is not None
 
 
 def _reason(error: Exception) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Self
 from psycopg.types.json import Jsonb
 
 from patchpilot.clock import SYSTEM, Clock
+from patchpilot.dsn import masked
 from patchpilot.engine.journal import Entry, Kind
 from patchpilot.engine.plan import Data
 from patchpilot.errors import Corrupt, LeaseLost, LockHeld, PatchpilotError, Transient, Usage
@@ -105,7 +106,7 @@ class RunJournal:
         return entries(self._database, self.run_id)
 
     def append(self, kind: Kind, phase: str = "", step: str = "", data: Data | None = None) -> Entry:
-        at, content = self._clock.now(), dict(data or {})
+        at, content = self._clock.now(), masked(data or {})  # people's reasons, and errors from everywhere
         rows = self._database.fetch(
             queries("journal")["append"],
             {

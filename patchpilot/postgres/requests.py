@@ -9,6 +9,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from patchpilot.dsn import mask
 from patchpilot.engine.requests import Ask, Request
 from patchpilot.errors import NothingToDo
 from patchpilot.postgres.connection import Database, Row
@@ -26,7 +27,7 @@ def ask(database: Database, run_id: str, what: Ask, *, reason: str = "", digest:
         "run_id": run_id,
         "ask": str(what),
         "asked_by": whoever(),
-        "reason": reason,
+        "reason": mask(reason),
         "digest": digest,
     }
     rows = database.fetch(queries("requests")["ask"], asked)

@@ -47,6 +47,8 @@ class Header:
     chord: Chord
     lost: tuple[Message, ...]
     unknown: tuple[Message, ...]
+    dead: tuple[Message, ...] = ()
+    """They are lost, and are not sent again: their tasks have expired or were revoked."""
 
     @property
     def complete(self) -> bool:
@@ -121,9 +123,21 @@ CHORDS: tuple[Rule[Header], ...] = (
         "a header task has a final result, stored more than 10 seconds ago, and its part has not returned",
     ),
     Rule(
+        "header-expired", lambda it: any(message.awaited for message in it.dead), Remedy.REVOKE_PART,
+        "{dead} messages of its header were lost, and have expired since or were revoked: their tasks will never run",
+        "messages of its header are in no queue and with no living worker, and their tasks have expired or were "
+        "revoked",
+    ),
+    Rule(
         "header-message-lost", lambda it: bool(it.lost), Remedy.REPUBLISH,
         "{returned} of {total} parts returned; of the rest, {lost} messages are in no queue and with no living worker",
         "messages of its header are in no queue, and no living worker has them",
+    ),
+    Rule(
+        "chain-expired", lambda it: bool(it.dead), Remedy.NONE,
+        "{dead} messages of chains in its header were lost, and have expired since or were revoked: the ends of these "
+        "chains never return a part, and Celery fails no chord for that",
+        "messages of chains in its header are in no queue and with no living worker, and have expired or were revoked",
     ),
     Rule(
         "unknown", lambda it: bool(it.unknown), Remedy.NONE,
@@ -211,7 +225,8 @@ def first(rules: Iterable[Rule[T]], subject: T) -> Rule[T]:
 def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | None, Collection[str]]:
     """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
     lost = tuple(it for it in messages if first(MESSAGES, it).remedy is not Remedy.NONE)
-    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN))
+    dead = tuple(it for it in messages if first(MESSAGES, it).name in ("revoked", "expired"))
+    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead)
     rule = first(CHORDS, header)
     covered = _covered(header, rule)
     if not rule.report:
@@ -219,12 +234,12 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
         lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
-        unrecoverable=chord.unrecoverable, failed=chord.failed,
+        unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(dead),
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,
         age=chord.age, returned=chord.returned, total=chord.total,
-        messages=covered if rule.remedy is Remedy.REPUBLISH else (),
+        messages=covered if rule.remedy in (Remedy.REPUBLISH, Remedy.REVOKE_PART) else (),
     ), covered  # fmt: skip
 
 
@@ -232,9 +247,10 @@ def _covered(header: Header, rule: Rule[Header]) -> tuple[str, ...]:
     """The messages that go with the chord. What is left of a header whose parts are all here is needed by nobody, and
     a chord that is left alone is left alone with its header."""
     moot = header.complete or header.chord.publish_error is not None
-    lost = header.lost if moot or rule.remedy is Remedy.REPUBLISH else ()
+    lost = header.lost if moot or rule.remedy in (Remedy.REPUBLISH, Remedy.REVOKE_PART) else ()
     unknown = header.unknown if moot or rule.name == "unknown" else ()
-    return tuple(it.message_id for it in (*lost, *unknown))
+    dead = header.dead if moot or rule.name in ("header-expired", "chain-expired") else ()
+    return tuple(it.message_id for it in (*lost, *unknown, *dead))
 
 
 def _diagnose_messages(messages: Iterable[Message]) -> Iterator[Finding]:

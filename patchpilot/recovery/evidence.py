@@ -73,8 +73,15 @@ class Message:
     """Its delivery tag, if it is unacknowledged."""
     shadow: bool = False
     """It was only watched."""
+    awaited: bool = False
+    """Its task is a part of its chord that has not returned: not the beginning of a chain that ends in one."""
     taken: float | None = None
     """When it was taken, by the clock of whoever did, if it is unacknowledged."""
+
+    @property
+    def dead(self) -> bool:
+        """If it is lost: it is not sent again."""
+        return self.expired or self.where is Where.REVOKED
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,10 @@ def _chord(row: Row) -> Chord:
 
 
 def _message(row: Row, where: Where, holdings: Holdings | None = None) -> Message:
-    names = ("message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at", "shadow")
+    names = (
+        "message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at", "shadow",
+        "awaited",
+    )  # fmt: skip
     key = row["message_id"]
     tag, taken = (holdings.unacked.get(key), holdings.taken.get(key)) if holdings else (None, None)
     return Message(

@@ -22,6 +22,8 @@ class Remedy(StrEnum):
     """Put a message that a dead worker had taken back into its queue."""
     RECORD_PART = "record-part"
     """A part ended but its return was interrupted: record it from the result of the task."""
+    REVOKE_PART = "revoke-part"
+    """A header task whose message is lost will not run any more: end it as revoked, as a worker that met it would."""
     NONE = "none"
     """Nothing: the reason says why, and what a person can do."""
 

@@ -184,8 +184,8 @@ def _why(row: Row, parts: list[Row], messages: list[Row], starts: list[Row], res
     failed = sum(part["state"] not in (None, "SUCCESS") for part in parts)
     callback: Any = starts[-1] if starts else None
     sentences: tuple[tuple[bool, Callable[[], str]], ...] = (
-        (bool(results), lambda: f"its callback has run: {results[-1]['state']}"),
         (row["state"] == "failed", lambda: f"{failed} of {len(parts)} parts failed, so its errbacks ran instead"),
+        (bool(results), lambda: f"its callback has run: {results[-1]['state']}"),
         (callback is not None and callback["finished_at"] is not None, lambda: "its callback has run"),
         (callback is not None and not callback["lease_over"], lambda: f"its callback runs, on {callback['worker']}"),
         (callback is not None, lambda: "its callback began and its worker died: recovery sends it again"),

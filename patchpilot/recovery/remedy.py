@@ -11,9 +11,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from celery import Celery
 from celery.exceptions import CeleryError
+from celery.states import REVOKED
 from kombu.exceptions import ContentDisallowed, KombuError, OperationalError
 from redis.exceptions import RedisError
 
@@ -61,12 +63,15 @@ class Remedies:
         by_remedy: defaultdict[Remedy, list[Finding]] = defaultdict(list)
         for finding in findings:
             by_remedy[finding.remedy].append(finding)
-        done = self._end_chords(by_remedy[Remedy.DISPATCH_CALLBACK], by_remedy[Remedy.RECORD_PART])
+        interrupted = [*by_remedy[Remedy.RECORD_PART], *by_remedy[Remedy.REVOKE_PART]]
+        self._revoke(by_remedy[Remedy.REVOKE_PART], messages)
+        done = self._end_chords(by_remedy[Remedy.DISPATCH_CALLBACK], interrupted)
         ended = done
         while outwards and ended:
             ended = self._end_chords((), self._around(ended))
             done += ended
-        done += self._send_again([*by_remedy[Remedy.REPUBLISH], *by_remedy[Remedy.REQUEUE]], messages)
+        lost = _still_wanted(by_remedy[Remedy.REVOKE_PART], messages)
+        done += self._send_again([*by_remedy[Remedy.REPUBLISH], *by_remedy[Remedy.REQUEUE], *lost], messages)
         return done
 
     # -- chords -------------------------------------------------------------------------------------------------
@@ -137,6 +142,26 @@ class Remedies:
 
         return self._database.run(write) if parts else set()
 
+    def _revoke(self, findings: Sequence[Finding], messages: Mapping[str, Message]) -> None:
+        """End tasks as a worker does that meets them when they have expired or were revoked: their results say so.
+
+        Their parts are recorded from there; by a later recovery, if this one dies in between.
+        """
+        by_id = {finding.id: finding for finding in findings}
+        for serializer, group_ids in self._by_serializer(by_id).items():
+            backend = backend_of(self._app_for(serializer))
+            lost = [messages[key] for group_id in group_ids for key in by_id[group_id].messages]
+            dead = [it for it in lost if it.awaited and it.dead]
+            self._database.execute(
+                SQL["revoke"],
+                {
+                    "message_ids": [it.message_id for it in dead],
+                    "resends": [it.resends for it in dead],
+                    "metas": [backend.revoked(it.task_id, "expired" if it.expired else "revoked") for it in dead],
+                    "expires": backend.lifetime(REVOKED),
+                },
+            )
+
     def _by_serializer(self, group_ids: Iterable[str]) -> dict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)
         asked = sorted(group_ids)
@@ -203,6 +228,13 @@ class Remedies:
         columns = {name: [getattr(finding, name) for finding in findings] for name in names}
         if findings:
             connection.execute(SQL["record"], {**columns, "run_id": self._run_id})
+
+
+def _still_wanted(findings: Sequence[Finding], messages: Mapping[str, Message]) -> list[Finding]:
+    """What is lost as well of headers of which some tasks are ended as revoked: that is sent again."""
+    lost = [(it, tuple(key for key in it.messages if not messages[key].dead)) for it in findings]
+    name, remedy = "header-message-lost", Remedy.REPUBLISH
+    return [replace(it, diagnosis=name, remedy=remedy, messages=keys) for it, keys in lost if keys]
 
 
 def _distinct(findings: Iterable[Finding]) -> list[Finding]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from patchpilot.dsn import mask
+from patchpilot.dsn import masked
 from patchpilot.engine.journal import Entry, Kind, RunRecord
 from patchpilot.errors import Exit
 from patchpilot.postgres.journal import Run
@@ -67,8 +67,8 @@ def build(entries: Sequence[Entry], run: Run) -> Json:
         "may_have_run_twice": _latest(record, "verify").get("repeated", []),
         "interruptions": interruptions(told),
     }
-    masked: Json = _masked(report)
-    return masked
+    without_secrets: Json = masked(report)
+    return without_secrets
 
 
 def _outcome(record: RunRecord, told: Sequence[Entry]) -> tuple[str, str | None]:
@@ -209,14 +209,3 @@ def _remedies(facts: Mapping[str, Any]) -> Json:
 
 def _text(at: datetime | None) -> str | None:
     return at.isoformat() if at else None
-
-
-def _masked(value: Any) -> Any:
-    """Reasons and error messages come from everywhere; a password in one of them ends here."""
-    if isinstance(value, str):
-        return mask(value)
-    if isinstance(value, Mapping):
-        return {mask(str(key)): _masked(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_masked(each) for each in value]
-    return value

@@ -43,10 +43,7 @@ class Files:
         """The paths and the digest of the files, if they say what the journal says; else None."""
         texts = _texts(build(self._journal.entries(), self._run))
         paths = _paths(self._directory, self._run.id)
-        if any(
-            not path.is_file() or path.read_text(encoding="utf-8") != text
-            for path, text in zip(paths, texts, strict=True)
-        ):
+        if any(_read(path) != text for path, text in zip(paths, texts, strict=True)):
             return None
         return self._described(texts[0])
 
@@ -69,6 +66,13 @@ def _paths(directory: Path, run_id: str) -> tuple[Path, Path]:
 
 def _texts(report: dict[str, Any]) -> tuple[str, str]:
     return json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n", markdown(report)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # then it is written anew, or that says what is wrong
+        return None
 
 
 def _replace(path: Path, text: str) -> None:

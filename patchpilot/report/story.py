@@ -63,7 +63,8 @@ def interruptions(told: Sequence[Entry]) -> list[Json]:
 
 
 def timeline(told: Sequence[Entry]) -> list[Json]:
-    """Each change that the watch saw: of the update, of the group, and of each node."""
+    """Each change that the watch saw: of the update, of the group, and of each node; and when it could not watch the
+    limits past which it would stop the rotation."""
     lines: list[Json] = []
     known: dict[str, str | None] = {}
     for entry in told:
@@ -71,6 +72,10 @@ def timeline(told: Sequence[Entry]) -> list[Json]:
             continue
         now = {"update": entry.data["status"], "group": entry.data["group"]}
         now |= {f"node {name}": row["status"] for name, row in entry.data["nodes"].items()}
+        if unwatched := entry.data.get("unwatched"):
+            now["limits"] = f"not watched: {unwatched}"
+        elif "limits" in known and entry.kind is Kind.OBSERVED:
+            now["limits"] = "watched"
         lines += [
             {"at": entry.at.isoformat(), "what": what, "status": status}
             for what, status in sorted(now.items())

@@ -218,6 +218,11 @@ def test_filters_and_faults_of_the_new_operations(raw: Callable[[str], Any], gro
     assert client.describe_cache_parameters(CacheParameterGroupName="others", Source="system")["Parameters"] == []
 
 
+def test_the_versions_of_an_engine(aws: ElastiCache) -> None:
+    assert aws.engine_versions("redis") == ("6.2", "7.0", "7.1")
+    assert aws.engine_versions("memcached") == ()
+
+
 def test_the_calls_are_logged_like_all_others(aws: ElastiCache, cloud: Cloud, group_name: str) -> None:
     aws.snapshots(group_name)
     rows = [json.loads(line) for line in cloud.calls.read_text().splitlines()]

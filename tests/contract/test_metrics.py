@@ -13,9 +13,11 @@ import boto3
 import pytest
 
 from patchpilot.clock import SYSTEM
+from patchpilot.elasticache import cloudwatch
 from patchpilot.elasticache.metrics import Metrics
-from patchpilot.errors import NeedsOperator
+from patchpilot.errors import NeedsOperator, Refused
 from patchpilot.lab.cloud import Cloud
+from patchpilot.lab.scenario import Scenario
 from patchpilot.lab.world import World
 from patchpilot.phases.abort import judge
 from patchpilot.settings import Aws, Metric
@@ -72,6 +74,24 @@ def test_missing_credentials_are_a_persons_to_mend(cloud: Cloud, tmp_path: Path)
     aws = Aws(region=REGION, endpoint_url=cloud.url, credentials_file=tmp_path / "nothing")
     with pytest.raises(NeedsOperator, match="no complete AWS credentials"):
         Metrics(aws, None, METRIC).newest(SYSTEM.now())
+
+
+def test_a_scenario_may_have_cloudwatch_fail(tmp_path: Path, own_credentials: Path) -> None:
+    """By its operations' names; what is said of all operations is said of ElastiCache's."""
+    failing = [
+        {"operation": "GetMetric*", "code": "AccessDenied", "status": 403, "calls": 1},
+        {"operation": "Describe*", "code": "InternalFailure", "status": 500},
+        {"operation": "*", "code": "InternalFailure", "status": 500},
+    ]
+    scenario = Scenario.model_validate({"title": "t", "failing": failing})
+    with Cloud(World(region=REGION), {}, calls=tmp_path / "calls.jsonl", scenario=scenario) as cloud:
+        aws = Aws(region=REGION, endpoint_url=cloud.url, credentials_file=own_credentials)
+        metrics = Metrics(aws, None, METRIC)
+        with pytest.raises(Refused, match=r"denies access: .*GetMetricData: AccessDenied: The scenario wants it so"):
+            metrics.newest(SYSTEM.now())
+        metrics.newest(SYSTEM.now())  # moto keeps one CloudWatch for the whole process: whatever it says
+        with cloudwatch.connect(aws) as monitoring:
+            assert monitoring.alarms(["x"]) == ()
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,19 @@ def test_pages_hold_everything_once_and_in_order(
     assert len(found) == total
 
 
+def test_the_engine_versions_on_offer(client: Any) -> None:
+    def versions(**filters: Any) -> list[str]:
+        pages = client.get_paginator("describe_cache_engine_versions").paginate(**filters)
+        return [row["EngineVersion"] for page in pages for row in page["CacheEngineVersions"]]
+
+    assert len(versions()) == 10
+    assert versions(Engine="redis") == ["6.2", "7.0", "7.1"]
+    assert versions(Engine="valkey", CacheParameterGroupFamily="valkey8") == ["8.0", "8.1", "8.2"]
+    assert versions(EngineVersion="7.2") == ["7.2"]
+    assert versions(DefaultOnly=True, Engine="redis") == ["7.1"]
+    assert versions(Engine="memcached") == []
+
+
 def test_a_page_that_was_asked_for_stays_right_while_events_arrive(cloud: Cloud, client: Any) -> None:
     for number in range(30):
         cloud.world.publish("cache-cluster", "group-01-001", f"event {number:02d}")

@@ -83,7 +83,7 @@ def test_another_region_is_empty(cloud: Cloud, elasticache: Callable[..., Any]) 
 
 def test_what_nobody_models_is_an_error_and_no_html(cloud: Cloud, elasticache: Callable[..., Any]) -> None:
     with pytest.raises(ClientError) as caught:
-        elasticache(cloud.url).describe_cache_engine_versions()
+        elasticache(cloud.url).describe_reserved_cache_nodes()
     assert caught.value.response["Error"]["Code"] == "InvalidParameterValue"
     assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
     assert caught.value.response["ResponseMetadata"]["RetryAttempts"] == 0

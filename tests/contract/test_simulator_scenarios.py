@@ -73,6 +73,8 @@ def test_the_readme_explains_every_key() -> None:
         ('title = "x"\n[[stale]]\nlag = 2', "stale[0].lag: 2 is not a duration; write it like 300ms"),
         ('title = "x"\n[stale]\nlag = "2s"', "stale: is a list of tables: write [[stale]]"),
         ('title = "x"\n[[by_system]]', "by_system: is a table: write [by_system]"),
+        ('title = "x"\n[[stale]]\noperation = "DescribeAlarms"\nlag = "2s"', "no operation 'DescribeAlarms'"),
+        ('title = "x"\n[[failing]]\noperation = "GetX"\ncode = "x"', "ElastiCache has no operation 'GetX'"),
         ('title = "x"\n[[stale]]\noperation = "DescribeX"\nlag = "2s"', "ElastiCache has no operation 'DescribeX'"),
         (
             'title = "x"\n[[failing]]\ncode = "T"\nrate = 2.0',

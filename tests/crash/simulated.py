@@ -106,7 +106,7 @@ class SimulatedWorld(World):
         """Two chords get stuck by each failover: one that can be cured and one that cannot."""
         self.failovers += 1
         names = f"chord-{self.failovers}", f"odd-{self.failovers}"
-        self.stick(stuck(names[0]), stuck(names[1], Remedy.NONE), age=timedelta())
+        self.stick(stuck(names[0]), stuck(names[1], Remedy.NONE, "half-published"), age=timedelta())
 
     def _run(self, script: Script, _name: str) -> None:
         """Play a script as the clock advances."""
@@ -173,6 +173,9 @@ class SimulatedWorld(World):
 
     def node_types(self, group: str) -> tuple[str, ...]:
         return self.cloud.node_types(group)
+
+    def engine_versions(self, engine: str) -> tuple[str, ...]:
+        return self.cloud.engine_versions(engine)
 
     # The nodes.
 
@@ -264,5 +267,8 @@ class _Paginator:
 
 def lab_settings(scenario: Scenario) -> Settings:
     """The settings that `lab up --scenario` writes for a pilot."""
-    facts = {"postgres": "", "region": "", "elasticache": "", "replication_group": GROUP, "endpoint": ""}
+    facts = {
+        "postgres": "postgresql://lab.test/lab", "region": "eu-central-1", "elasticache": "http://aws.test",
+        "replication_group": GROUP, "endpoint": "redis://broker.test:6379/0",
+    }  # fmt: skip
     return Settings(**tomllib.loads(configuration(facts, Path("credentials"), scenario)))

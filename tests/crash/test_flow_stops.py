@@ -278,10 +278,13 @@ def test_what_was_measured_before_the_rotation_does_not_stop_it_but_is_told_befo
 
 def test_a_metric_that_becomes_unreadable_is_told_and_stops_nothing(tmp_path: Path) -> None:
     flow = Flow(tmp_path, abort_metric=Metric(namespace="Shop", name="QueueLength", above=100))
-    flow.in_(3, lambda: flow.world.surprises.__setitem__("gauge", [NeedsOperator("AWS denies access")]))
+    denied: list[Any] = [NeedsOperator(f"AWS denies access {how_often}") for how_often in ("once", "twice")]
+    flow.in_(3, lambda: flow.world.surprises.__setitem__("gauge", denied))
     flow.run()
     assert flow.outcome == "done"
     assert [line for line in flow.said if "a limit is not watched at the moment: AWS denies access" in line]
+    limits = [line["status"] for line in flow.report()["timeline"] if line["what"] == "limits"]
+    assert limits == ["not watched: AWS denies access once", "watched"]
 
 
 def test_a_metric_that_may_not_be_read_is_found_out_before_anything_is_touched(tmp_path: Path) -> None:

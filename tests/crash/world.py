@@ -254,6 +254,10 @@ class World:
     def node_types(self, group: str) -> tuple[str, ...]:
         return ("cache.r7g.large", "cache.r7g.xlarge")
 
+    def engine_versions(self, engine: str) -> tuple[str, ...]:
+        self._trip("engine_versions")
+        return ("8.0", "8.1")
+
     def newest(self, now: datetime, since: datetime | None = None) -> tuple[float, ...]:
         self._trip("gauge")
         return tuple(value for at, value in self.gauge if since is None or at >= since)
@@ -372,7 +376,7 @@ class World:
             for source in (GROUP, new):
                 self.happen(source, f"Failover from primary node {old} to replica node {new} completed")
         number = len(self.stuck) + len(self.remedies)
-        self.stick(stuck(f"chord-{number}"), stuck(f"odd-{number}", Remedy.NONE), age=timedelta())
+        self.stick(stuck(f"chord-{number}"), stuck(f"odd-{number}", Remedy.NONE, "half-published"), age=timedelta())
 
     def stick(self, *findings: Finding, age: timedelta = timedelta(hours=1)) -> None:
         self.stuck |= {finding.id: finding for finding in findings}
@@ -507,7 +511,6 @@ def service_update(clock: FakeClock) -> ServiceUpdate:
     )  # fmt: skip
 
 
-def stuck(name: str, remedy: Remedy = Remedy.DISPATCH_CALLBACK) -> Finding:
-    return Finding(
-        "chord", name, "callback-lost", remedy, "every part has returned and the callback is nowhere", "shop.total"
-    )
+def stuck(name: str, remedy: Remedy = Remedy.DISPATCH_CALLBACK, diagnosis: str = "callback-lost") -> Finding:
+    reason = "every part has returned and the callback is nowhere"
+    return Finding("chord", name, diagnosis, remedy, reason, "shop.total")

@@ -104,6 +104,20 @@ def test_an_unreachable_database_an_unreachable_broker_and_missing_tables(
     assert "up to date" in patchpilot("db", "migrate", "--config", path).stderr
 
 
+def test_a_report_that_cannot_be_written_does_not_change_how_a_run_ends(tmp_path: Path, migrated: str) -> None:
+    path = config(tmp_path, migrated, "redis://127.0.0.1:1/0", '[aws]\nregion = "eu-central-1"\n')
+    where = tmp_path / "reports"
+    where.write_text("a file")
+    run = ["run", "--cluster", "broker", "--time-budget", "0s", "--config", path]
+    for more in ([], ["--output", "json"]):
+        done = patchpilot(*run, *more, PATCHPILOT_REPORTS=str(where))
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == Exit.RESUME_LATER, done.stderr
+        assert lines[-2].startswith(f"no report so far: cannot write {where}/"), done.stderr
+        assert lines[-1].startswith("patchpilot: stopped in preflight/plan: the time budget is spent"), done.stderr
+    assert json.loads(done.stdout)["report"] == {}
+
+
 def test_a_broker_that_is_away_repairs_nothing(shop: Shop) -> None:
     add.s(1, 1).apply_async()
     path = config(shop.directory, shop.dsn, "redis://:hunter2@127.0.0.1:1/0")

@@ -54,6 +54,15 @@ def test_entries_come_back_as_they_were_written(database: Database) -> None:
     assert journal.run_id.startswith("20260301-023000-")
 
 
+def test_a_secret_does_not_get_into_the_journal(database: Database) -> None:
+    journal = open_run(database, "prod", "broker")
+    written = journal.append(
+        Kind.INTENDED, "preflight", "readiness", {"waivers": {"alarms": "see redis://:hunter2@h/0"}}
+    )
+    assert list(journal.entries()) == [written]
+    assert written.data == {"waivers": {"alarms": "see redis://***@h/0"}}
+
+
 def test_an_unfinished_run_is_taken_up_and_a_finished_one_is_not(database: Database) -> None:
     first = begin(database)
     first.append(Kind.STARTED)

@@ -176,7 +176,7 @@ def parameters(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, Any]
         "lease": timedelta(seconds=30), "ordered": True, "states": ["dispatched"] * BATCH,
         "since": SYSTEM.now() - timedelta(days=1),
         "age": timedelta(minutes=10), "error": "x", "task_ids": [f"ot{number}-0" for number in range(1, BATCH + 1)],
-        "payloads": [b"x"] * BATCH,
+        "payloads": [b"x"] * BATCH, "metas": [b"x"] * BATCH, "expires": timedelta(days=1),
     }  # fmt: skip
 
 

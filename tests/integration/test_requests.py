@@ -12,16 +12,18 @@ import pytest
 
 from patchpilot.cli import asking
 from patchpilot.cli.console import Output
+from patchpilot.cli.run import _Pilot
 from patchpilot.cli.status import status
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask, approval, hold, stop
 from patchpilot.errors import NothingToDo, ResumeLater, Usage
 from patchpilot.phases.order import Kind as Do
-from patchpilot.phases.order import Order
+from patchpilot.phases.order import Order, settle
 from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.holder import Holder
 from patchpilot.postgres.journal import RunJournal, find_run, open_run
+from patchpilot.settings import Cluster, Settings
 from tests.integration.test_journal import Forgetful
 
 KEY = "0123456789abcdef"
@@ -54,6 +56,13 @@ def test_requests_come_back_in_order_with_who_asked_and_why(database: Database) 
     assert hold(asked) == f"pause asked for by {requests.whoever()}: lunch"
     assert (stop(asked), approval(asked, KEY)) == (None, asked[1])
     assert approval(asked, "f" * 16) is None
+
+
+def test_a_secret_in_a_reason_is_not_kept(database: Database) -> None:
+    run_id = begin(database).run_id
+    asked = requests.ask(database, run_id, Ask.STOP, reason="see postgresql://u:hunter2@h/db")
+    assert requests.requests(database, run_id) == (asked,)
+    assert asked.reason == "see postgresql://***@h/db"
 
 
 def test_the_last_of_pause_and_resume_counts_and_a_stop_beats_both(database: Database) -> None:
@@ -182,3 +191,18 @@ def test_a_run_that_was_told_to_pause_is_listed_as_paused(database: Database) ->
     assert find_run(database, journal.run_id).state == "paused"
     journal.append(Kind.RESUMED, "watch", "watch")
     assert find_run(database, journal.run_id).state == "running"
+
+
+def test_a_run_that_is_held_to_a_plan_waits_as_that_says_however_it_is_taken_up(database: Database) -> None:
+    """Not as the configuration says on the host where it is taken up: the plan would count as changed."""
+    requests.keep_plan(database, "default", "broker", KEY, {"grace": 9.0})
+    settings = Settings(clusters={"broker": Cluster(replication_group="b", role="broker")})
+
+    def grace(order: Order, **waits: timedelta) -> float:
+        pilot = _Pilot(settings, "broker", database, Output.TEXT, {}, waits)
+        return pilot.waiting_as(order).runbook.grace.total_seconds()
+
+    held = settle({}, Order(update="u", plan=KEY).note(), begun=False)
+    assert grace(held) == 9
+    assert grace(held, grace=timedelta(seconds=7)) == 7
+    assert grace(Order()) == 300

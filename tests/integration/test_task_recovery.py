@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 from uuid import uuid4
 
 import pytest
 import redis
-from celery import chord
+from celery import chain, chord
+from celery.exceptions import ChordError
 from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
@@ -17,9 +19,10 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Site, Window
 from patchpilot.recovery.findings import Kind
+from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, later, total
+from tests.support.shop import add, app, hold, later, mourn, total
 
 pytestmark = pytest.mark.backend
 
@@ -124,6 +127,86 @@ def test_expired_and_revoked_tasks_do_not_come_back(shop: Shop, recovery: Recove
     ])  # fmt: skip
     assert [it.id for it in recovery.recover(NOW)] == [lost]
     assert ids(broker, "elsewhere") == [lost]
+
+
+def doomed(**options: object) -> Any:
+    """A header task of which the message is lost, and which nobody wants any more when it is looked for."""
+    return add.s(1, 1).set(queue="elsewhere", **{"expires": SYSTEM.now() - timedelta(seconds=1), **options})
+
+
+def test_a_chord_does_not_wait_for_what_has_expired_or_was_revoked(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """It fails, as if a worker had met these messages; what else of its header was lost is sent again."""
+    worker, revoked = shop.worker("-c", "1"), str(uuid4())
+    app.control.revoke(revoked)
+    until(lambda: revoked in str(app.control.inspect(timeout=1).revoked()), seconds=30, what="the worker heard of it")
+    header = [doomed(), doomed(task_id=revoked, expires=None), add.s(2, 2).set(queue="elsewhere")]
+    failing = chord(header, total.s().on_error(mourn.s())).apply_async()
+    expired, _, wanted = (result.id for result in failing.parent.results)
+    endless = chord([chain(doomed(), add.s(1)), add.s(3, 3)], total.s()).apply_async()
+    broker.delete("elsewhere")
+    until(lambda: "add 3 3" in shop.ledger(), seconds=30, what="the rest of it had run")
+    assert sorted(told(recovery.survey(NOW))) == sorted([
+        (failing.parent.id, "header-expired", True), (endless.parent.id, "chain-expired", False),
+    ])  # fmt: skip
+    applied = recovery.recover(NOW)
+    assert [(it.id, it.remedy) for it in applied] == [
+        (failing.parent.id, "revoke-part"),
+        (failing.parent.id, "republish"),
+    ]
+    assert ids(broker, "elsewhere") == [wanted]
+    assert [app.AsyncResult(it).state for it in (expired, revoked, wanted)] == ["REVOKED", "REVOKED", "PENDING"]
+    worker.stop()
+    shop.worker("-c", "1", "-Q", "celery,elsewhere")
+    shop.await_line("add 2 2")
+    until(lambda: failing.state == "FAILURE", seconds=30, what="the chord failed")
+    assert isinstance(failing.result, ChordError)
+    assert f"{expired} raised TaskRevokedError('expired'" in str(failing.result)
+    until(lambda: any("mourn ChordError" in line for line in shop.ledger()), seconds=30, what="its errback was called")
+    assert told(recovery.survey(NOW)) == [(endless.parent.id, "chain-expired", False)]
+
+
+def test_a_recovery_that_dies_while_it_ends_a_part_leaves_it_to_the_next(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = chord([doomed()], total.s()).apply_async()
+    broker.delete("elsewhere")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remedies, "_record_parts", die)
+        with pytest.raises(KeyboardInterrupt):
+            recovery.recover(NOW)
+    assert waiting.parent.results[0].state == "REVOKED"
+    monkeypatch.setattr("patchpilot.recovery.evidence.INTERRUPTED_AFTER", timedelta())
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
+    assert waiting.state == "FAILURE"
+    assert recovery.survey(NOW) == ()
+
+
+def test_what_somebody_sends_again_meanwhile_is_not_ended(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = chord([doomed()], total.s()).apply_async()
+    broker.delete("elsewhere")
+    revoke = Remedies._revoke
+
+    def late(self: Remedies, *args: Any) -> None:
+        with Database(shop.dsn) as database:
+            database.execute("UPDATE patchpilot.outbox SET resends = resends + 1")
+        revoke(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remedies, "_revoke", late)
+        assert recovery.recover(NOW) == ()
+    assert waiting.parent.results[0].state == "PENDING"
+    assert [it.remedy for it in recovery.recover(NOW)] == ["revoke-part"]
+    assert waiting.state == "FAILURE"
+    with Database(shop.dsn) as database:
+        assert life(database, waiting.parent.id).why == "1 of 1 parts failed, so its errbacks ran instead"
 
 
 def test_of_a_queue_that_a_worker_without_patchpilot_consumes_nothing_is_called_lost(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty
 
 import pytest
 import redis
-from celery import chord
+from celery import Celery, chord
 
+from patchpilot.backend.identity import Identity
 from patchpilot.backend.message import Part
 from patchpilot.broker_name import NAMES, name_of_url
 from patchpilot.lab.launch import Address
@@ -46,6 +48,21 @@ def lost_chord(broker: str) -> str:
     with redis.Redis.from_url(broker) as client:
         assert client.delete("celery") == 1
     return str(result.parent.id)
+
+
+def test_a_name_is_left_beside_the_wait_for_messages(valkey: str) -> None:
+    """A worker leaves it when it is ready. The answer must not be taken for a message."""
+    app = Celery(broker=valkey, set_as_current=False)
+    with app.connection_for_read() as connection, redis.Redis.from_url(valkey) as broker:
+        channel = connection.default_channel
+        channel.queue_declare("celery")
+        channel.basic_consume("celery", no_ack=True, callback=print, consumer_tag="tag")
+        channel.client.connection = channel.client.connection_pool.get_connection()  # as the hub does
+        channel._brpop_start(timeout=1)
+        Identity(app).leave(connection)
+        assert broker.scard(NAMES) == 1
+        with pytest.raises(Empty):
+            channel._brpop_read()
 
 
 def test_each_broker_is_recovered_by_itself(

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
+from psycopg.sql import SQL, Identifier
+
 from patchpilot.errors import Exit
 from patchpilot.lab.processes import Identity, until
 from patchpilot.lab.roster import Roster
@@ -30,6 +33,29 @@ class Lab:
         """How often the ElastiCache API was called with ``action``, by the simulator's own log."""
         lines = Path(self.facts["calls"]).read_text().splitlines()
         return sum(json.loads(line)["action"] == action for line in lines)
+
+    def plant_secrets(self) -> None:
+        """Passwords in both addresses; the lab's servers take any."""
+        text = Path(self.config).read_text()
+        text = text.replace("patchpilot@", "patchpilot:hunter2@", 1).replace(
+            '/patchpilot"', '/patchpilot?sslpassword=hunter2"', 1
+        )
+        Path(self.config).write_text(text.replace("redis://", "redis://default:hunter2@", 1))
+
+    def records(self) -> list[str]:
+        """Every row of the record that a run or a person has written."""
+        with psycopg.connect(self.facts["postgres"]) as connection:
+            return [
+                str(row)
+                for table in ("run_entry", "run_request", "plan", "remedy", "lease")
+                for row in connection.execute(
+                    SQL("SELECT to_jsonb(t)::text FROM patchpilot.{} t").format(Identifier(table))
+                )
+            ]
+
+    def reports(self) -> list[str]:
+        """The text of every report."""
+        return [path.read_text() for path in self.directory.glob("reports/*/report.*")]
 
     def run(self, *options: str) -> Running:
         return Running("run", "--cluster", "broker", "--config", self.config, *options, cwd=self.directory)
@@ -87,14 +113,20 @@ def test_stopped_in_the_grace_it_goes_on_from_there_without_starting_the_grace_a
     with lab(lab_roster, tmp_path / "lab", "--seconds-per-node", "0.5") as it:
         spent = patchpilot("run", "--cluster", "broker", "--config", it.config, "--time-budget", "0s", cwd=it.directory)
         assert (spent.returncode, it.calls("BatchApplyUpdateAction")) == (Exit.RESUME_LATER, 0), spent.stderr
-        first = it.run("--grace", "9s")
+        it.plant_secrets()
+        waived = ("--waive", "snapshot", "--reason", "see redis://:hunter2@h/0")
+        first = it.run("--grace", "9s", *waived)
         first.await_word("recovery begins in")
         first.process.send_signal(signal.SIGTERM)
         code, _ = first.end()
         assert code == Exit.RESUME_LATER
         assert "the same command goes on" in " ".join(first.said)
+        for ask in ("pause", "resume"):
+            words = ("--reason", "sslpassword=hunter2", "--cluster", "broker", "--config", it.config)
+            asked = patchpilot(ask, *words, "--output", "json")
+            assert (asked.returncode, "hunter2" in asked.stdout + asked.stderr) == (Exit.DONE, False), asked.stderr
         second = it.run("--grace", "9s")
-        code, _ = second.end()
+        code, output = second.end()
         assert code == Exit.DONE, second.said
         assert any("resuming from grace/" in line for line in second.said), second.said
         [run] = json.loads(patchpilot("status", "--config", it.config, "--output", "json").stdout)["runs"]
@@ -102,6 +134,11 @@ def test_stopped_in_the_grace_it_goes_on_from_there_without_starting_the_grace_a
         grace = [entry["data"] for entry in journal["entries"] if entry["phase"] == "grace"]
         assert len({data["deadline"] for data in grace if "deadline" in data}) == 1, grace
         assert it.calls("BatchApplyUpdateAction") == 1
+        told = [*first.said, *second.said, output, json.dumps(journal), *it.records(), *it.reports()]
+        assert [text for text in told if "hunter2" in text] == []
+        kept = "".join(it.records())
+        assert "see redis://***@h/0" in kept
+        assert "sslpassword=***" in kept
 
 
 def test_without_a_replica_that_follows_pre_flight_blocks(lab_roster: Roster, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from patchpilot.phases import runbook
 from patchpilot.phases.checks import CHECKS, Check, Situation, Verdict, blocking, judge
 from patchpilot.phases.checks.calendar import opens_in
 from patchpilot.phases.choice import Choice
+from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.p1_preflight import PATIENCE, read
 from patchpilot.postgres.journal import Run
 from patchpilot.recovery.findings import Remedy
@@ -119,6 +120,24 @@ def test_each_check_by_itself(
     assert found.keys() == {name}
     assert found[name][0] is verdict
     assert evidence in found[name][1]
+
+
+@pytest.mark.parametrize(
+    ("offered", "verdict", "evidence"),
+    [
+        (("8.0", "8.1"), Verdict.PASS, "valkey 8.1; AWS offers 8.0, 8.1"),
+        (("8.0", "8.10"), Verdict.BLOCK, "valkey 8.1; AWS offers 8.0, 8.10"),
+        ((), Verdict.BLOCK, "valkey 8.1; AWS offers no version of it"),
+        (DENIED, Verdict.UNKNOWN, DENIED),
+    ],
+)
+def test_an_engine_version_has_to_be_one_that_aws_offers(
+    situation: Situation, offered: tuple[str, ...] | str, verdict: Verdict, evidence: str
+) -> None:
+    aim = {"engine": "valkey", "engine_version": "8.1"}
+    upgrade = replace(situation, choice=Choice(operation=Do.ENGINE_UPGRADE, aim=aim), offered=offered)
+    assert (said(upgrade, "engine-version").verdict, said(upgrade, "engine-version").evidence) == (verdict, evidence)
+    assert "engine-version" not in {check.name for check in judge(situation)}
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "broker_connection_max_retries"])

@@ -33,8 +33,15 @@ def message(where: Where, **changes: object) -> Message:
     return Message(**{**values, **changes})  # type: ignore[arg-type]
 
 
+Seen = Where | Message
+
+PART = message(Where.REVOKED, message_id="r", group_id="g", awaited=True)
+"""What brings a part of a header, and was revoked."""
+CHAIN = replace(PART, where=Where.NOWHERE, expired=True, awaited=False)
+"""What begins a chain in a header, and has expired."""
+
 # One row of a table: the evidence that leads to it, which is not enough for any row above.
-OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Where]]] = {
+OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Seen]]] = {
     "being-dispatched": (Remedy.NONE, {"returned": 3, "messages": 0, "claimed": True, "claim_live": True}, []),
     "finishing": (Remedy.NONE, {"returned": 3, "messages": 0, "finishing": True}, []),
     "shadow": (Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
@@ -47,7 +54,9 @@ OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Where]]] = {
     "part-return-lost": (Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0, "counting": "valkey"}, []),
     "dispatch-lost": (Remedy.DISPATCH_CALLBACK, {"returned": 3, "messages": 0}, []),
     "part-return-interrupted": (Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
-    "header-message-lost": (Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE]),
+    "header-expired": (Remedy.REVOKE_PART, {}, [Where.QUEUED, Where.NOWHERE, PART]),
+    "header-message-lost": (Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE, CHAIN]),
+    "chain-expired": (Remedy.NONE, {}, [Where.UNKNOWN, CHAIN]),
     "unknown": (Remedy.NONE, {}, [Where.QUEUED, Where.UNKNOWN]),
     "never-published": (Remedy.NONE, {"messages": 0}, []),
     "at-work": (Remedy.NONE, {}, [Where.QUEUED, Where.HELD]),
@@ -65,19 +74,26 @@ OF_MESSAGES: dict[str, tuple[Remedy, Where, dict[str, object]]] = {
 }
 
 
-def of_header(wheres: list[Where]) -> tuple[Message, ...]:
-    return tuple(message(where, message_id=str(i), group_id="g") for i, where in enumerate(wheres))
+def of_header(seen: list[Seen]) -> tuple[Message, ...]:
+    return tuple(
+        it if isinstance(it, Message) else message(it, message_id=str(i), group_id="g") for i, it in enumerate(seen)
+    )
+
+
+def header(it: Chord, seen: list[Seen]) -> Header:
+    found = of_header(seen)
+    lost = tuple(each for each in found if each.where in (Where.NOWHERE, Where.ABANDONED) and not each.dead)
+    unknown = tuple(each for each in found if each.where is Where.UNKNOWN)
+    return Header(it, lost, unknown, tuple(each for each in found if each.dead))
 
 
 @pytest.mark.parametrize("rule", CHORDS, ids=lambda rule: rule.name)
 def test_each_row_of_the_table_of_chords(rule: Rule[Header]) -> None:
-    remedy, changes, wheres = OF_CHORDS[rule.name]
+    remedy, changes, seen = OF_CHORDS[rule.name]
     it = chord(**changes)
     assert rule.remedy is remedy
-    lost = tuple(each for each in of_header(wheres) if each.where is Where.NOWHERE)
-    unknown = tuple(each for each in of_header(wheres) if each.where is Where.UNKNOWN)
-    assert first(CHORDS, Header(it, lost, unknown)) is rule
-    told = [each for each in diagnose(Evidence((it,), of_header(wheres))) if each.kind == "chord"]
+    assert first(CHORDS, header(it, seen)) is rule
+    told = [each for each in diagnose(Evidence((it,), of_header(seen))) if each.kind == "chord"]
     expected = [("g", rule.name, remedy, "total", it.returned, 3)] if rule.report else []
     assert [
         (each.id, each.diagnosis, each.remedy, each.callback, each.returned, each.total) for each in told
@@ -108,7 +124,7 @@ def test_no_row_is_without_a_test_and_no_name_is_there_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "wheres", "diagnosis"),
+    ("changes", "seen", "diagnosis"),
     [
         ({}, [Where.ABANDONED, Where.HELD], "header-message-lost"),
         ({}, [Where.NOWHERE, Where.UNKNOWN], "header-message-lost"),
@@ -122,13 +138,15 @@ def test_no_row_is_without_a_test_and_no_name_is_there_twice() -> None:
         ({"returned": 2, "unrecoverable": "a lambda"}, [Where.NOWHERE], "header-message-lost"),
         ({"returned": 3, "messages": 0, "claimed": True, "publish_error": "E"}, [], "half-published"),
         ({"ended": 1, "messages": 1}, [Where.UNKNOWN], "part-return-interrupted"),
+        ({"ended": 1, "messages": 1}, [PART], "part-return-interrupted"),
+        ({}, [Where.UNKNOWN, replace(PART, where=Where.ABANDONED, expired=True)], "header-expired"),
+        ({"returned": 3}, [PART], "dispatch-lost"),
+        ({"publish_error": "E"}, [PART], "half-published"),
+        ({"shadow": True}, [PART], "shadow-at-work"),
     ],
 )
-def test_what_lies_between_two_rows(changes: dict[str, object], wheres: list[Where], diagnosis: str) -> None:
-    it = chord(**changes)
-    lost = tuple(each for each in of_header(wheres) if each.where in (Where.NOWHERE, Where.ABANDONED))
-    unknown = tuple(each for each in of_header(wheres) if each.where is Where.UNKNOWN)
-    assert first(CHORDS, Header(it, lost, unknown)).name == diagnosis
+def test_what_lies_between_two_rows(changes: dict[str, object], seen: list[Seen], diagnosis: str) -> None:
+    assert first(CHORDS, header(chord(**changes), seen)).name == diagnosis
 
 
 def test_a_message_that_is_only_watched_is_never_sent_again() -> None:
@@ -144,6 +162,11 @@ def test_a_message_is_told_with_its_chord_or_by_itself_but_not_twice() -> None:
     assert finding.messages == ("m",)
     [finding] = diagnose(Evidence((), (lost,)))
     assert finding.kind == "task"
+    for dead in (PART, CHAIN):
+        [finding] = diagnose(Evidence((chord(),), (dead,)))
+        assert finding.kind == "chord"
+    [finding] = diagnose(Evidence((chord(),), (lost, PART)))
+    assert (finding.diagnosis, finding.messages) == ("header-expired", ("m", "r"))
 
 
 @pytest.mark.parametrize("kind", ["callback", "task"])
@@ -203,7 +226,7 @@ def messages(draw: st.DrawFn) -> Message:
         message_id=str(draw(st.uuids())), task_id=draw(st.sampled_from(["t", "u"])), task_name="n",
         group_id=draw(st.none() | st.just("g")), callback_of=draw(st.none() | st.just("h")), where=where, age=HOUR,
         expired=draw(st.booleans()), resends=draw(st.integers(0, 3)), sent_at=datetime(2026, 1, 1, tzinfo=UTC),
-        tag="tag" if where is Where.ABANDONED else None, shadow=draw(st.booleans()),
+        tag="tag" if where is Where.ABANDONED else None, shadow=draw(st.booleans()), awaited=draw(st.booleans()),
     )  # fmt: skip
 
 
@@ -216,15 +239,20 @@ UNTOUCHABLE = (Where.UNKNOWN, Where.QUEUED, Where.HELD, Where.ENDED)
 
 
 def touched(found: Evidence) -> set[str]:
-    """The chords that are remedied, and the messages that are sent again."""
+    """The chords that are remedied, and the messages that are sent again or ended."""
     cured = [finding for finding in diagnose(found) if finding.curable]
     chords = {finding.id for finding in cured if finding.kind == "chord" and not finding.messages}
     return chords | {message_id for finding in cured for message_id in finding.messages}
 
 
-@given(chords(), st.lists(messages(), max_size=3), st.lists(messages(), max_size=3))
-def test_every_chord_has_one_diagnosis(it: Chord, lost: list[Message], unknown: list[Message]) -> None:
-    header = Header(it, tuple(lost), tuple(unknown))
+few = st.lists(messages(), max_size=3).map(tuple)
+
+
+@given(chords(), few, few, few)
+def test_every_chord_has_one_diagnosis(
+    it: Chord, lost: tuple[Message, ...], unknown: tuple[Message, ...], dead: tuple[Message, ...]
+) -> None:
+    header = Header(it, lost, unknown, dead)
     rule = first(CHORDS, header)
     above = CHORDS[: CHORDS.index(rule)]
     assert rule.applies(header)
@@ -253,8 +281,16 @@ def test_nothing_is_told_twice_and_a_diagnosis_is_one_of_the_tables(found: Evide
 
 @given(evidence)
 def test_what_is_unknown_or_in_good_hands_is_never_touched(found: Evidence) -> None:
-    kept = {it.message_id for it in found.messages if it.where in UNTOUCHABLE or it.shadow or it.expired}
+    kept = {it.message_id for it in found.messages if it.where in UNTOUCHABLE or it.shadow}
     assert not kept & touched(found)
+
+
+@given(evidence)
+def test_what_has_expired_or_was_revoked_is_touched_only_to_end_it(found: Evidence) -> None:
+    dead = {it.message_id for it in found.messages if it.dead}
+    for finding in diagnose(found):
+        if finding.curable and dead & {*finding.messages}:
+            assert (finding.kind, finding.remedy) == ("chord", Remedy.REVOKE_PART)
 
 
 @given(evidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socketserver
 import traceback
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from patchpilot.dsn import is_readable
+from patchpilot.dsn import is_readable, mask, masked, refusal
 from patchpilot.errors import NeedsOperator, PatchpilotError
 from patchpilot.postgres.connection import Database
 
@@ -62,6 +63,19 @@ def test_a_dsn_that_libpq_reads_is_taken(dsn: str) -> None:
     assert is_readable(dsn)
 
 
+@pytest.mark.parametrize("dsn", GOOD[:-1])
+def test_libpq_would_try_it(dsn: str) -> None:
+    assert refusal(dsn) == ""
+
+
+@pytest.mark.parametrize("option", ["sslmode=nonsense", "keepalives=often"])
+def test_what_libpq_does_not_take_is_not_tried_again(option: str) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        dsn = f"host=127.0.0.1 port={server.server_address[1]} {option}"
+        with Database(dsn, budget=600) as database, pytest.raises(NeedsOperator, match="invalid"):
+            database.fetch("SELECT 1")
+
+
 @pytest.mark.parametrize("dsn", ["postgresql://u:hunter2@127.0.0.1:1/db", "postgresql://u:hunter2@nowhere.invalid/db"])
 def test_a_connection_that_fails_says_nothing_of_the_password(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
@@ -93,3 +107,41 @@ def test_the_dsn_may_come_from_a_function(monkeypatch: pytest.MonkeyPatch) -> No
     assert type(app.backend)(app=app, url="redis://127.0.0.1:1/0").config.dsn == GOOD[0]
     assert "hunter2" not in app.conf.humanize() + app.bugreport() + repr(app.conf) + repr(app.backend)
     assert asked == ["asked"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rediss://h:6379/0?ssl_password=hunter2&ssl_keyfile=/k",
+        "rediss://h:6379/0?ssl_cert_reqs=none&password=hunter2",
+        "rediss://h:6379/0?ssl%5Fpassword=hunter2",
+        "redis://:hunter2@h/0",
+        "redis://u:a/hunter2@h/0 and postgresql://u:b@hunter2@h/db",
+        "postgresql://h/db?sslpassword=hunter2&passfile=/p",
+        "postgresql://h/db?oauth_client_secret=hunter2&scram_client_key=hunter2",
+        "host=h password = 'a \\' hunter2' sslpassword=hunter2",
+        "host=h password=a,hunter2;hunter2",
+        'PGPASSWORD="a hunter2" psql; REDISCLI_AUTH_TOKEN=hunter2 REDIS_PWD: hunter2',
+        "https://s3/x?X-Amz-Security-Token=hunter2&X-Amz-Signature=hunter2&X-Amz-Credential=hunter2",
+        "aws_secret_access_key=hunter2 aws_session_token = hunter2 AWS_ACCESS_KEY=hunter2",
+    ],
+)
+def test_what_may_be_secret_is_masked_and_stays_so(text: str) -> None:
+    assert "hunter2" not in mask(text)
+    assert "***" in mask(text)
+    assert mask(mask(text)) == mask(text)
+    assert masked({text: [text, (text,), 1]}) == {mask(text): [mask(text), [mask(text)], 1]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the broker at redis://h:6379/0 cannot be read: Connection refused",
+        "no token: the session's credentials have expired",
+        "key 'celery' holds 3 messages; access key rotation",
+        "rediss://h:6379/0?ssl_cert_reqs=required&health_check_interval=5",
+        "write to ops@example.com",
+    ],
+)
+def test_what_is_not_is_left(text: str) -> None:
+    assert mask(text) == text

@@ -95,11 +95,38 @@ def test_members_that_cannot_be_reached_directly_do_not_fail_what_the_endpoint_s
     assert failing(replace(hidden, members={"a": "no route", "b": PRIMARY})) == ["one-primary"]
 
 
-def test_what_only_a_person_can_judge_does_not_fail_the_run_but_is_told() -> None:
-    odd = replace(GOOD, stuck=(stuck("odd", Remedy.NONE),))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stuck": (stuck("odd", Remedy.NONE),), "earlier": frozenset({"odd"})},
+        {"stuck": (stuck("odd", Remedy.NONE, "half-published"),)},
+        {"stuck": (replace(stuck("odd", Remedy.NONE), kind="task"),)},
+        {"stuck": (stuck("odd", Remedy.NONE),), "waived": "sent again by hand"},
+    ],
+)
+def test_what_only_a_person_can_judge_is_told(changes: dict[str, Any]) -> None:
+    odd = replace(GOOD, **changes)
     assert failing(odd) == []
-    stuck_claim = next(claim for claim in claims(odd) if claim.name == "nothing-stuck")
-    assert "1 that only a person can judge" in stuck_claim.evidence
+    evidence = next(claim.evidence for claim in claims(odd) if claim.name == "nothing-stuck")
+    assert "1 that only a person can judge" in evidence
+    assert odd.waived in evidence
+
+
+def test_a_chord_that_only_a_person_can_judge_and_that_was_well_before_the_patch_proves_nothing() -> None:
+    odd = replace(GOOD, stuck=tuple(stuck(name, Remedy.NONE) for name in ("old", "odd")), earlier=frozenset({"old"}))
+    assert failing(odd) == ["nothing-stuck"]
+    evidence = next(claim.evidence for claim in claims(odd) if claim.name == "nothing-stuck")
+    assert "2 that only a person can judge, 1 of them chords that were not stuck before the patch" in evidence
+    assert "first chord odd: " in evidence
+
+
+def test_what_was_left_to_a_person_before_the_patch_is_known_at_its_end(pilot: Pilot) -> None:
+    pilot.world.stick(stuck("old", Remedy.NONE))
+    pilot.before["verify"] = lambda: pilot.world.stick(stuck("odd", Remedy.NONE))
+    with pytest.raises(VerificationFailed, match=r"nothing-stuck: .* first chord odd"):
+        pilot.run()
+    pilot.world.stuck.pop("odd")
+    assert pilot.run().finished
 
 
 def test_a_cluster_without_endpoint_or_recovery_claims_less() -> None:
@@ -233,7 +260,7 @@ def test_what_only_looks_stuck_for_a_moment_again_and_again_is_not_waited_for_fo
 
 def test_the_dry_run_counts_by_kind_and_diagnosis(pilot: Pilot) -> None:
     fact = pilot.run().facts()["dry-run"]
-    assert fact["counts"] == {"chord/callback-lost": 2}
+    assert fact["counts"] == {"chord/callback-lost": 1, "chord/half-published": 1}
     assert [row["remedy"] for row in fact["findings"]] == ["dispatch-callback", "none"]
 
 

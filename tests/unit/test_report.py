@@ -271,6 +271,8 @@ def test_files_are_current_only_while_they_say_what_the_journal_says(tmp_path: P
     assert on_disk.current() == written
     Path(written["markdown"]).write_text("tampered")
     assert on_disk.current() is None
+    Path(written["markdown"]).write_bytes(b"\xff")
+    assert on_disk.current() is None
     on_disk.write()
     kept.append(Kind.INTENDED, "preflight", "readiness", {"cluster": "broker"})
     assert on_disk.current() is None

@@ -7,10 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.settings import load
+from patchpilot.settings import Celery, load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +100,16 @@ def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
             "[runbook.abort_metric]\nnamespace = 'n'\nname = 'm'\nabove = 1\nbelow = 1",
             "runbook.abort_metric: set one of above and below",
         ),
+        (
+            "[runbook.abort_metric]\nnamespace = 'n'\nname = 'm'\nabove = nan",
+            "runbook.abort_metric.above: Input should be a finite number",
+        ),
+        ("[aws]\nendpoint_url = 'not-a-url'", "aws.endpoint_url: is no URL like https://"),
+        ("[aws]\nendpoint_url = 'ftp://h'", "aws.endpoint_url: is no URL like https://"),
+        ("[aws]\nendpoint_url = ''", "aws.endpoint_url: String should match"),
+        ("[aws]\nregion = 'not a region!'", "aws.region: String should match"),
+        ("[aws]\nprofile = ' '", "aws.profile: String should match"),
+        ("[clusters.b]\nrole='broker'\nreplication_group='x'\nregion=''", "clusters.b.region: String should match"),
         ("this is not toml", "not valid TOML"),
         ("postgres = 'x'", "postgres: Input should be"),
     ],
@@ -156,12 +167,61 @@ def test_a_malformed_dsn_is_refused_without_being_quoted(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h/0", "redis://h:x/0", "redis://:hunter2/x@h:1/0", "redis://h:1/abc", "nonsense"]
-)
+    "url",
+    [
+        "http://h/0", "redis://h:x/0", "redis://:hunter2/x@h:1/0", "redis://h:1/abc", "nonsense", "redis://:hunter2@h:99999",
+        "unix:///s?password=hunter2", "redis+sentinel://h/0", "redis://h ost/0", "redis:///0", "redis://:hunter2#@h/0",
+    ],
+)  # fmt: skip
 def test_a_malformed_endpoint_is_refused_without_being_quoted(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("PATCHPILOT_CLUSTERS__BROKER__ENDPOINT", url)
     with pytest.raises(Usage, match=r"clusters\.broker\.endpoint is malformed") as caught:
         load(ROOT / "config/lab.toml").endpoint("broker")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("redis://h/0?ssl_cert_reqs=hunter2", "ssl_cert_reqs"),
+        ("rediss://h/0?ssl_cert_reqs=hunter2", "ssl_cert_reqs"),
+        ("redis://h/0?socket_timeout=1&nonsense=hunter2", "nonsense"),
+        ("redis://h/0?db=hunter2", "db"),
+        ("redis://h/0?socket_timeout=hunter2", "socket_timeout"),
+        ("redis://h/0?protocol=9", "protocol"),
+        ("redis://h/0?credential_provider=hunter2", "credential_provider"),
+        ("redis://h/0?host=hunter2", "host"),
+    ],
+)
+def test_a_parameter_that_nobody_takes_is_named(monkeypatch: pytest.MonkeyPatch, url: str, name: str) -> None:
+    settings = load(ROOT / "config/lab.toml").model_copy(update={"celery": Celery(results=SecretStr(url))})
+    monkeypatch.setenv("PATCHPILOT_CLUSTERS__BROKER__ENDPOINT", url)
+    for ask in (lambda: load(ROOT / "config/lab.toml").endpoint("broker"), settings.results_endpoint):
+        with pytest.raises(Usage, match=rf"takes? the parameter {name}, or not with this value") as caught:
+            ask()
+        assert "hunter2" not in str(caught.value)
+
+
+def test_parameters_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "rediss://u:p@h/0?ssl_cert_reqs=none&ssl_password=x&socket_timeout=5&health_check_interval=5&client_name=x"
+    monkeypatch.setenv("PATCHPILOT_CLUSTERS__BROKER__ENDPOINT", url)
+    assert load(ROOT / "config/lab.toml").endpoint("broker") == url
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://u:p@h/d?sslmode=hunter2",
+        "host=h target_session_attrs=hunter2",
+        "host=h service=hunter2",
+        "host=h channel_binding=hunter2 password=hunter2",
+    ],
+)
+def test_a_value_that_libpq_does_not_take_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, dsn: str) -> None:
+    """Not a server that is away: nothing would change that."""
+    monkeypatch.setenv("PATCHPILOT_POSTGRES", dsn)
+    with pytest.raises(Usage, match=r"PATCHPILOT_POSTGRES\) has a value that libpq does not take: ") as caught:
+        load(ROOT / "config/lab.toml").postgres_dsn()
     assert "hunter2" not in str(caught.value)
 
 

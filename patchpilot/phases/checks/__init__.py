@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from patchpilot.phases.checks import calendar, clients, data, group, update, watching
 from patchpilot.phases.checks.situation import Check, Row, Situation, Verdict
+from patchpilot.phases.choice import Choice
+from patchpilot.phases.order import Kind
 from patchpilot.settings import Role
 
 __all__ = ["CHECKS", "Check", "Row", "Situation", "Verdict", "blocking", "judge"]
@@ -24,8 +26,13 @@ def judge(situation: Situation, waivers: Mapping[str, str] = NO_WAIVERS) -> tupl
 
     :param waivers: the checks whose verdict somebody answers for, and why they do.
     """
-    rows = (row for row in CHECKS if situation.choice.is_update or not row.of_updates)
+    rows = (row for row in CHECKS if _is_due(row, situation.choice))
     return tuple(_judged(row, situation, waivers.get(row.name, "")) for row in rows)
+
+
+def _is_due(row: Row, choice: Choice) -> bool:
+    is_upgrade = choice.operation is Kind.ENGINE_UPGRADE
+    return (choice.is_update or not row.of_updates) and (is_upgrade or not row.of_upgrades)
 
 
 def blocking(checks: tuple[Check, ...], role: Role) -> tuple[Check, ...]:

@@ -75,6 +75,8 @@ class Situation:
     stuck: tuple[Finding, ...] | str | None
     """Likewise."""
     schema: str | None
+    offered: tuple[str, ...] | str = ()
+    """The versions of the engine that AWS offers, if it is to be upgraded."""
 
 
 Judgement = tuple[Verdict, str]
@@ -95,6 +97,8 @@ class Row:
     where the runbook could not follow, or where data would certainly be lost. *Unknown* may always be waived."""
     of_updates: bool = False
     """Whether there is nothing to look at if the operation is no service update."""
+    of_upgrades: bool = False
+    """Likewise, if it is no engine upgrade."""
 
 
 def require(ok: bool, evidence: str) -> Judgement:

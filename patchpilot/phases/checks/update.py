@@ -11,6 +11,14 @@ def _operation(at: Situation) -> Judgement:
     return Verdict.PASS, f"{at.choice.what} is {at.choice.status}"
 
 
+def _version(at: Situation) -> Judgement:
+    if isinstance(at.offered, str):
+        return unknown(at.offered)
+    engine, version = at.choice.aim["engine"], at.choice.aim["engine_version"]
+    listed = ", ".join(at.offered) or "no version of it"
+    return require(version in at.offered, f"{engine} {version}; AWS offers {listed}")
+
+
 def _update(at: Situation) -> Judgement:
     what = "is adopted" if at.choice.adopted else "will be applied"
     return Verdict.PASS, f"{at.choice.action.update} is {at.choice.action.status} and {what}"
@@ -51,6 +59,8 @@ def _yes_no(value: bool | None) -> str:
 
 ROWS: tuple[Row, ...] = (
     Row("operation", _operation, "this is what the run is about", ""),
+    Row("engine-version", _version, "AWS refuses a version that it does not offer, in the middle of the night",
+        "say one that AWS offers: check --engine and --engine-version", of_upgrades=True),
     Row("update", _update, "this is the update that the run is about", "", of_updates=True),
     Row("update-dates", _dates, "after its end date an update cannot be applied; the other dates are deadlines",
         "aws elasticache describe-service-updates shows all three dates", of_updates=True),

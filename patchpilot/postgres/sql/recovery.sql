@@ -60,7 +60,11 @@ WITH part AS (
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
        o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
        r.task_id IS NOT NULL OR coalesce(f.finished, false) OR part.task_id IS NOT NULL AS ended,
-       coalesce(f.running, false) AS running
+       coalesce(f.running, false) AS running,
+       EXISTS (
+           SELECT FROM patchpilot.chord_part p
+           WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
+       ) AS awaited
 FROM patchpilot.outbox o
 -- With a limit: one look into the index for each message, however many results there are.
 LEFT JOIN LATERAL (
@@ -143,6 +147,28 @@ FROM unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, re
 WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
 RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key, o.headers, o.properties, o.body,
           o.content_type, o.content_encoding
+
+-- name: revoke
+-- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it.
+WITH gone AS (
+    DELETE FROM patchpilot.outbox o
+    USING unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(metas)s::bytea[]) AS seen (message_id, resends, meta)
+    WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
+      AND EXISTS (
+          SELECT FROM patchpilot.chord_part p
+          WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
+      )
+      AND NOT EXISTS (
+          SELECT FROM patchpilot.result r
+          WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+      )
+    RETURNING o.task_id, seen.meta
+)
+INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
+SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM gone
+ON CONFLICT (task_id) DO UPDATE
+SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+WHERE r.state <> 'SUCCESS'
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here.
