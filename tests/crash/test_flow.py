@@ -13,16 +13,7 @@ import pytest
 from patchpilot.elasticache.facts import Modification, Unprocessed
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask
-from patchpilot.errors import (
-    Aborted,
-    Blocked,
-    NeedsOperator,
-    NothingToDo,
-    PatchpilotError,
-    Throttled,
-    Transient,
-    Unsafe,
-)
+from patchpilot.errors import Aborted, Blocked, NeedsOperator, NothingToDo, PatchpilotError, Throttled, Unsafe
 from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.order import Order
 from tests.crash.flow import ORDERS, Flow, arranged, substance
@@ -128,41 +119,6 @@ def test_the_failover_of_a_minute_ago_is_not_the_one_of_this_game_day(tmp_path: 
     assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
     assert flow.entries("trigger", Kind.REACHED)[0].data["how"] == "applied"
     assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
-
-
-def lagging(flow: Flow) -> Flow:
-    """There was a failover a moment ago, and AWS shows it a minute late: its roles and its event."""
-    flow.world.fail_over(NAMES[2])
-    flow.world.stale = 60
-    flow.clock.sleep(5)
-    return flow
-
-
-@pytest.mark.parametrize("silent", [False, True])
-def test_what_aws_shows_late_is_no_proof_of_a_test_failover_that_never_happened(tmp_path: Path, silent: bool) -> None:
-    flow = lagging(arranged(tmp_path, "test-failover"))
-    flow.world.surprises["apply"] = [Transient("AWS answers 503")] * 100
-    if silent:
-        flow.world.surprises |= {f"{name}.test": [Transient("silent")] * 2000 for name in NAMES}
-    assert "AWS shows nothing of it" in flow.refuses(Unsafe)
-    assert flow.world.applied == []
-    flow.world.surprises.clear()
-    flow.run()
-    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
-    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
-
-
-@pytest.mark.parametrize("kind", ["test-failover", "engine-upgrade", "service-update"])
-def test_the_failover_before_the_run_is_not_listed_as_one_of_it(tmp_path: Path, kind: str) -> None:
-    flow = lagging(arranged(tmp_path, kind))
-    flow.run()
-    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
-    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
-
-
-def test_a_failover_before_it_is_not_what_is_observed(tmp_path: Path) -> None:
-    flow = lagging(Flow(tmp_path, ORDERS["observe"], observe=timedelta(minutes=30)))
-    assert "nothing began" in flow.refuses(NothingToDo)
 
 
 def test_nothing_to_observe_is_nothing_to_do(tmp_path: Path) -> None:

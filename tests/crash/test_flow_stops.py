@@ -13,13 +13,7 @@ import pytest
 from patchpilot.elasticache.facts import Application, Modification, Unprocessed, UpdateStatus
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask
-from patchpilot.errors import (
-    Aborted,
-    Blocked,
-    NeedsOperator,
-    Throttled,
-    Unsafe,
-)
+from patchpilot.errors import Aborted, Blocked, NeedsOperator, Throttled, Unsafe
 from patchpilot.settings import Metric
 from tests.crash.flow import MINUTE, Flow, arranged, substance
 from tests.crash.killing import Kill, Side
