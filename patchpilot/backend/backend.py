@@ -82,8 +82,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
     # -- results ------------------------------------------------------------------------------------------------
 
     def _store_result(
-        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
+        self, task_id: str | None, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
     ) -> Any:
+        if task_id is None:  # nobody can ask for it: the error of a chord with a chain for a body, before Celery 5.6
+            return result
         meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
         meta["task_id"] = bytes_to_str(task_id)
         if errbacks.are_called_elsewhere():
@@ -91,8 +93,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         payload = self.encode(meta)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self._lifetime(state)}
         try:
-            # Celery 5.5 and older store the error of a chord with a chain for a body under no id, and with no request.
-            if request is not None and getattr(request, "patchpilot_done", None) == task_id:
+            if getattr(request, "patchpilot_done", None) == task_id:
                 request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
                 request.patchpilot_ended = True
             else:
