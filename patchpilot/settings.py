@@ -156,7 +156,8 @@ class Celery(_Section):
     results: SecretStr | None = None
     """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
     results_prefix: str = ""
-    """``global_keyprefix`` of the result backend transport options, if the application sets one."""
+    """``global_keyprefix`` of the result backend transport options, if the application sets one. Its keys are looked
+    for under the names that the Celery installed here gives them; only 5.4 puts an underscore behind every prefix."""
 
 
 class Cluster(_Section):

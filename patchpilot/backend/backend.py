@@ -83,13 +83,14 @@ class Backend(RedisBackend):  # type: ignore[misc]
     # -- results ------------------------------------------------------------------------------------------------
 
     def _store_result(
-        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
+        self, task_id: str | None, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
     ) -> Any:
+        if task_id is None:  # nobody can ask for it: the error of a chord with a chain for a body, before Celery 5.6
+            return result
         payload = self._meta(task_id, result, state, traceback, request)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self.lifetime(state)}
         try:
-            # Celery 5.5 and older store the error of a chord with a chain for a body under no id, and with no request.
-            if request is not None and getattr(request, "patchpilot_done", None) == task_id:
+            if getattr(request, "patchpilot_done", None) == task_id:
                 request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
                 request.patchpilot_ended = True
             else:

@@ -35,13 +35,26 @@ class _Inside(threading.local):
 class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     """Celery's consumer of result notifications, made safe against a Valkey that goes away."""
 
-    _pubsub: Any
     _asked_at = 0.0
+    _subscriptions: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._let_go: deque[str] = deque()
         self._inside = _Inside()
+
+    @property
+    def _pubsub(self) -> Any:
+        """Celery's name for the subscriptions."""
+        return self._subscriptions
+
+    @_pubsub.setter
+    def _pubsub(self, pubsub: Any) -> None:
+        # redis-py 5.3 to 6.3 sends under a lock, and what finds its connection closed then subscribes anew under the
+        # same one: whoever publishes a task after that waits for himself, for ever.
+        if isinstance(getattr(pubsub, "_lock", None), type(threading.Lock())):
+            pubsub._lock = threading.RLock()
+        self._subscriptions = pubsub
 
     @contextmanager
     def reconnect_on_error(self) -> Iterator[None]:

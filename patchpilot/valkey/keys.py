@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import celery
 import redis
 from redis.exceptions import RedisError, ResponseError
 
@@ -97,8 +98,7 @@ class ChordKeys:
     def __init__(self, url: str, prefix: str = "") -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
         self.address = mask(url)
-        separator = "" if not prefix or prefix[-1] in ":_-." else "_"  # as Celery completes it
-        self._prefix = f"{prefix}{separator}"
+        self._prefix = _completed(prefix)
         self._stem = f"{self._prefix}{STEM}"
 
     def close(self) -> None:
@@ -204,6 +204,13 @@ class ChordKeys:
             raise Transient(f"{self.address} does not say how long a key has been idle: {error}") from error
         except RedisError as error:
             raise Transient(f"{self.address} cannot be read: {error}") from error
+
+
+def _completed(prefix: str) -> str:
+    """A global prefix as Celery's Redis backend puts it in front: 5.4 always sets it off, later ones if it is not."""
+    if not prefix or (celery.VERSION >= (5, 5) and prefix[-1] in ":_-."):
+        return prefix
+    return f"{prefix}_"
 
 
 def _keys(group_id: str, by_suffix: Mapping[str, tuple[int, Any]]) -> Keys:

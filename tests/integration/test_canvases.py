@@ -83,6 +83,17 @@ def test_what_celery_gives(station: Station, table: str) -> None:
 
 
 @on(IN_POSTGRES, IN_VALKEY)
+@pytest.mark.skipif(not canvases.UNHEARD, reason="since Celery 5.7 somebody hears of every failure")
+def test_what_celery_tells_nobody_ends_all_the_same(station: Station) -> None:
+    sent = {name: case.canvas().apply_async() for name, case in canvases.UNHEARD.items()}
+    expected = sum((Counter(case.runs) for case in canvases.UNHEARD.values()), Counter())
+    until(lambda: has_run(station, expected.total()), seconds=WAIT, what=f"{expected} in {station.ledger()}")
+    station.await_silence()
+    assert starts(station.ledger()) == expected
+    assert [name for name, result in sent.items() if result.ready()] == []
+
+
+@on(IN_POSTGRES, IN_VALKEY)
 def test_errbacks_on_headers(station: Station, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``task_allow_error_cb_on_chord_header`` an errback of the chord is one of each of its parts too."""
     monkeypatch.setitem(app.conf, "task_allow_error_cb_on_chord_header", True)
@@ -120,7 +131,7 @@ def test_explicit_ids(station: Station) -> None:
     # Twice the same id: each part brings its own result.
     twice = chord([add.s(1, 1).set(task_id=f"twice-{mine}"), add.s(2, 2).set(task_id=f"twice-{mine}")], note.s())
     assert outcome(twice.apply_async()) == [2, 4]
-    if VERSION < (5, 7):
+    if VERSION < (5, 7):  # then only text is an id: Celery raises TypeError
         return
     # A UUID in place of a string is as good.
     given = uuid.uuid4()
@@ -131,13 +142,13 @@ def test_explicit_ids(station: Station) -> None:
 @on(IN_POSTGRES, IN_VALKEY)
 def test_a_canvas_may_be_applied_again(station: Station) -> None:
     """The second time its tasks have ids of their own, unless it was frozen: then everything has the same ids."""
-    if VERSION < (5, 7):
-        pytest.skip("before Celery 5.7 the second time's messages carry the first one's group id")
-    canvas = chord([add.s(1, 1), add.s(2, 2)], note.s())
-    assert [outcome(canvas.apply_async()) for _ in range(2)] == [[2, 4], [2, 4]]
     sent_once = chain(add.si(1, 1), add.s(1))
     sent_once.freeze()
     assert [outcome(sent_once.apply_async()) for _ in range(2)] == [3, 3]
+    if VERSION < (5, 7):  # then a chord's second callback never comes
+        return
+    canvas = chord([add.s(1, 1), add.s(2, 2)], note.s())
+    assert [outcome(canvas.apply_async()) for _ in range(2)] == [[2, 4], [2, 4]]
     station.await_silence()
     assert starts([line for line in station.ledger() if "note" in line]) == {"note": 2}
 
@@ -159,7 +170,8 @@ def test_pickle_with_a_prefix(station: Station) -> None:
 def test_every_key_has_the_prefix(station: Station) -> None:
     gate = station.shop.directory / f"gate-{uuid.uuid4()}"
     result = chord([hold.s(1, str(gate)), add.s(1, 1)], note.s()).apply_async()
-    counted = f"shop:celery-taskset-meta-{result.parent.id}.d"
+    counted = app.backend.get_key_for_group(result.parent.id, ".d")  # Celery 5.4 puts an underscore in between
+    assert counted.startswith(b"shop:")
     until(lambda: station.broker.scard(counted) == 1, seconds=WAIT, what="the first part was counted")
     keys = {key.decode() for key in station.broker.keys("*")}
     gate.touch()

@@ -78,7 +78,8 @@ def test_a_task_that_is_revoked_while_it_runs(station: Station, gate: Path) -> N
     [part] = result.parent.results
     until(lambda: "hold began" in station.ledger(), seconds=WAIT, what="it ran")
     part.revoke(terminate=True)
-    with pytest.raises(TaskRevokedError, match=r"terminated|revoked"):
+    # Celery 5.6 stores the one and then the other.
+    with pytest.raises(TaskRevokedError, match="revoked|terminated" if VERSION[:2] == (5, 6) else "terminated"):
         part.get(timeout=WAIT)
     assert isinstance(result.get(timeout=WAIT, propagate=False), ChordError)
 

@@ -113,6 +113,15 @@ def test_many_threads_wait_at_once(
     assert (len({it[3] for it in seen}) == 1) is safe
 
 
+def test_a_connection_that_was_closed_keeps_nobody_waiting(station: Station, gate: Path) -> None:
+    """The one that hears of results, and meanwhile: the next task is published, and both are heard of."""
+    first = hold.delay(1, str(gate))
+    app.backend.client.connection_pool.disconnect()
+    second = add.delay(2, 2)
+    gate.touch()
+    assert (second.get(timeout=WAIT), first.get(timeout=WAIT)) == (4, 1)
+
+
 def test_a_task_that_nobody_sent_is_pending(station: Station) -> None:
     result = app.AsyncResult(str(uuid.uuid4()))
     assert (result.state, result.ready(), result.result, result.traceback) == ("PENDING", False, None, None)

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 import redis
-from celery import chord
+from celery import Celery, chord
 
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
@@ -115,6 +115,16 @@ def test_on_two_servers_and_under_a_prefix(shop: Shop, broker: redis.Redis) -> N
         with Housekeeping(Site(shop.broker, shop.dsn, results=results, results_prefix="a*b")) as housekeeping:
             assert housekeeping.strays(NOTHING, remove=True).removed == 2 * len(SUFFIXES)
         assert (left(broker), len(left(other))) == (set(), len(SUFFIXES))
+
+
+@pytest.mark.parametrize("prefix", ["", "a*b", "shop:", "shop_", "shop-", "shop."])
+def test_keys_are_named_as_celery_names_them(prefix: str) -> None:
+    """Celery 5.4 sets every prefix off with an underscore, later ones only those that need it."""
+    app = Celery(backend="redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.result_backend_transport_options = {"global_keyprefix": prefix} if prefix else {}
+    keys = ChordKeys("redis://127.0.0.1:1/0", prefix)
+    assert keys.key("one", ".s").encode() == app.backend.get_key_for_group("one", ".s")
+    keys.close()
 
 
 def test_what_began_anew_between_the_look_and_the_removal_stays(shop: Shop, broker: redis.Redis) -> None:

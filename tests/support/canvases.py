@@ -7,7 +7,7 @@ the results of groups that a generator yielded come one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from celery import VERSION, chain, chord, group
@@ -31,13 +31,13 @@ from tests.support.shop import add, grows, note, quiet, stubborn, total
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failed canvas raises: the kind, and words of its message."""
+    """What a failed canvas raises: the kind, or one of several ``a|b``, and words of its message."""
 
     kind: str
     words: str = ""
 
     def __eq__(self, other: object) -> bool:
-        return type(other).__name__ == self.kind and self.words in str(other)
+        return type(other).__name__ in self.kind.split("|") and self.words in str(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -372,14 +372,21 @@ ERRBACKS_ON_HEADERS = {
     ),
 }
 
-if VERSION < (5, 7):  # Celery itself gives something else: an error for the first, and for the others nothing, ever
-    del SIMPLE["empty group in a chain"]
-    del FAILURES["failed part, group body"]
-    del FAILURES["failed part, group body with an errback"]
-    del FAILURES["failed chord in a chain"]
-    del FAILURES["failed task before a chord"]
-if VERSION < (5, 6):
-    del FAILURES["failed part, chain body"]
+UNHEARD: dict[str, Case] = {}
+"""Celery tells nobody how these ended: whoever waits for the result waits for ever, with its own backend too."""
+
+# What its Redis backend gives before 5.7, tried with each version.
+if VERSION < (5, 7):
+    SIMPLE["empty group in a chain"] = replace(SIMPLE["empty group in a chain"], outcome=Failure("TypeError"))
+    _unheard = ["failed chord in a chain", "failed task before a chord"]
+    if VERSION < (5, 6):
+        _unheard += ["failed part, chain body", "failed part, group body", "failed part, group body with an errback"]
+    UNHEARD |= {name: FAILURES.pop(name) for name in _unheard}
+    _part = {"add": 1, "fail": 1}
+    _revoked = [Failure("ValueError|TaskRevokedError")] * 2  # Celery 5.6 does both, and which comes last is chance
+    for name in ("failed part, group body", "failed part, group body with an errback"):  # which is not called
+        table = FAILURES if name in FAILURES else UNHEARD
+        table[name] = replace(table[name], outcome=_revoked, runs=_part)
 
 # Celery never finishes the outer chord of these. Recovery does: its part has ended, and was not returned.
 UNFINISHED = {
