@@ -267,5 +267,5 @@ class _Paginator:
 
 def lab_settings(scenario: Scenario) -> Settings:
     """The settings that `lab up --scenario` writes for a pilot."""
-    facts = {"postgres": "", "region": "", "elasticache": "", "replication_group": GROUP, "endpoint": ""}
+    facts = {"postgres": "", "region": "x", "elasticache": "http://x", "replication_group": GROUP, "endpoint": ""}
     return Settings(**tomllib.loads(configuration(facts, Path("credentials"), scenario)))
