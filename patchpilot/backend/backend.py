@@ -219,6 +219,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """A worker's main process ended a task: lost, timed out, revoked or expired. No postrun signal follows."""
         message_id = getattr(request, MESSAGE_ID, None)
         if message_id and get_current_task() is None:
+            self.fence.end_for_others(request)
             self.outbox.end(message_id)
 
     # -- chords -------------------------------------------------------------------------------------------------

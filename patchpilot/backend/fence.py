@@ -31,7 +31,7 @@ from celery.exceptions import Ignore, Reject
 from celery.utils.log import get_logger
 from celery.utils.nodenames import gethostname
 
-from patchpilot.backend.config import FenceMode
+from patchpilot.backend.config import MESSAGE_ID, FenceMode
 from patchpilot.backend.message import attempt_of, following, scope_of
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
@@ -41,6 +41,9 @@ from patchpilot.postgres.queries import queries
 logger = get_logger(__name__)
 
 SQL = queries("fence")
+
+ASIDE = 1.0
+"""Seconds to wait before a message is given back that nobody has on record."""
 
 # Made in a worker's main process and inherited by its pool: siblings share it, and a sibling's pid can be looked up.
 INSTANCE = str(uuid4())
@@ -137,12 +140,20 @@ class Fence:
             logger.warning("%s[%s] runs again: its process died", request.task, request.id)
             return start
         if rows and not rows[0]["finished"]:
+            if not self._is_on_record(request):
+                # Nothing would bring it back should the other execution die: so it waits in its queue.
+                SYSTEM.sleep(ASIDE)
+                raise Reject(f"{request.id} runs elsewhere", requeue=True)
             # Not ours to end: the message stays in the outbox for as long as the other execution lives.
             request.patchpilot_keep = True
         else:
             self._on_repetition(request)
         logger.warning("%s[%s] was delivered again and is not run again", request.task, request.id)
         raise Ignore
+
+    def _is_on_record(self, request: Any) -> bool:
+        message_id = getattr(request, MESSAGE_ID, None)
+        return bool(message_id and self._database.fetch(SQL["on_record"], {"message_id": message_id}))
 
     def _start(self, start: Start, gone: str = "") -> bool:
         row = {**start.row(), "worker": this_worker(), "lease": self._lease, "gone": gone}
@@ -158,6 +169,16 @@ class Fence:
     def end(self, start: Start, message_id: str | None) -> None:
         """The execution is over, and its message with it."""
         self._record(SQL["end"], start, {"message_id": message_id})
+
+    def end_for_others(self, request: Any) -> None:
+        """A task was ended from outside of its process: whoever ran it does so no more."""
+        scope = self._scope(request) if self._mode is not FenceMode.OFF else None
+        if scope is not None:
+            start = Start(str(request.id), attempt_of(vars(request)), scope, owner="")
+            try:
+                self._database.execute(SQL["end_for_others"], start.row())
+            except PatchpilotError as error:
+                logger.error("The end of task %s was not recorded: %s", start.task_id, error)  # noqa: TRY400
 
     def give_up(self, start: Start) -> None:
         """Its message goes back to the queue: the next delivery may run."""

@@ -29,6 +29,9 @@ EVERY = timedelta(seconds=2)
 STALE = timedelta(seconds=10)
 """A worker that was not heard of for this long counts as dead."""
 
+LAST_SECONDS = 5.0
+"""How long a worker that shuts down waits until its end is recorded."""
+
 SQL = queries("workers")
 
 
@@ -70,6 +73,12 @@ class Heartbeat:
 
     def _end(self, **_: Any) -> None:
         self._over.set()
+        # In a thread: a PostgreSQL that answers nothing must not keep the worker from shutting down.
+        last_word = threading.Thread(target=self._say_gone, name="patchpilot-gone", daemon=True)
+        last_word.start()
+        last_word.join(LAST_SECONDS)
+
+    def _say_gone(self) -> None:
         try:
             self._database.execute(SQL["gone"], {"instance": INSTANCE})
         except PatchpilotError as error:

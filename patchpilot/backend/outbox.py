@@ -24,6 +24,7 @@ from celery import Celery
 from celery._state import get_current_worker_task
 from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from patchpilot.backend.config import CANARY, Journal
 from patchpilot.backend.identity import Identity
@@ -35,6 +36,9 @@ from patchpilot.postgres.queries import queries
 logger = get_logger(__name__)
 
 SQL = queries("outbox")
+
+# What a broker that is away raises. Anything else (an unknown compression, a soft time limit) is the caller's to hear.
+_AWAY = (OperationalError, RedisError, OSError)
 
 AT_ONCE = 5000
 """How many messages of one header are held in memory and written down at once. Longer headers take several turns."""
@@ -266,7 +270,7 @@ class Outbox:
                     message.push(producer)
             except Exception as error:
                 left = messages[number:]
-                if leave and len(self._journalled(left)) == len(left):
+                if leave and isinstance(error, _AWAY) and len(self._journalled(left)) == len(left):
                     chords = sorted({it.callback_of for it in left if it.callback_of})
                     logger.warning(
                         "%d messages from %s on are left to recovery%s: %r",

@@ -7,6 +7,7 @@ in order. If PostgreSQL is away or slow, records are dropped and counted, and th
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
@@ -90,6 +91,7 @@ class Recorder:
                 self._waiting = queue.Queue(BACKLOG)
                 self._pid = os.getpid()
                 threading.Thread(target=self._write, name="patchpilot-shadow", daemon=True).start()
+                atexit.register(self.flush)  # a script is over sooner than its last records are written
 
     def _write(self) -> None:
         while True:

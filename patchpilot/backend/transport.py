@@ -165,8 +165,9 @@ class Channel(redis.Channel):  # type: ignore[misc]
             listeners[:] = [client.publish(topic, dumps(message)) for topic in topics(exchange, routing_key)]
 
     def _connparams(self, *args: Any, **kwargs: Any) -> Any:
-        if self.connection is None:
-            # An acknowledgement on a channel that a reconnect has closed. Celery logs a lost connection, and goes on.
+        if getattr(self.connection, "client", None) is None:
+            # An acknowledgement on a channel, or a connection, that a reconnect has closed. Celery logs a lost
+            # connection, and goes on.
             raise RedisConnectionError("the channel was closed")
         return super()._connparams(*args, **kwargs)
 

@@ -58,6 +58,7 @@ class Database:
         self._lock = threading.RLock()
         self._connection: Connection | None = None
         self._pid = os.getpid()
+        self._gave_up_at: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -89,15 +90,19 @@ class Database:
         while True:
             try:
                 with self._ours() as connection:
-                    return work(connection)
-            except psycopg.OperationalError as error:
+                    done = work(connection)
+                    self._gave_up_at = None
+                    return done
+            except (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction) as error:
+                # Read-only: this session leads to a server that was demoted, or has just been promoted.
                 self._drop()
                 if _is_hopeless(error):
                     raise NeedsOperator(f"PostgreSQL refuses the connection: {_reason(error)}") from error
                 if not told:
                     logger.info("PostgreSQL is away, trying again for %g s: %s", self._budget, _reason(error))
                     told = True
-                if not backoff.pause():
+                if self._is_given_up() or not backoff.pause():
+                    self._gave_up_at = self._clock.monotonic()
                     raise Transient(f"PostgreSQL cannot be reached: {_reason(error)}") from error
             except (
                 psycopg.errors.UndefinedTable,
@@ -106,6 +111,11 @@ class Database:
                 psycopg.errors.InvalidSchemaName,
             ) as error:
                 raise NeedsOperator("the patchpilot tables are missing or old: run `patchpilot db migrate`") from error
+
+    def _is_given_up(self) -> bool:
+        """Whether somebody has waited for the whole budget a moment ago: whoever calls again and again, as Celery does
+        for a message that could not be published, is told at once, or its budget would be many times ours."""
+        return self._gave_up_at is not None and self._clock.monotonic() < self._gave_up_at + self._budget
 
     def fetch(self, sql: LiteralString, params: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
         """Run one statement, a transaction by itself, and return its rows. Idempotent ones only, as for :meth:`run`."""

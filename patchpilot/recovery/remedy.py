@@ -179,7 +179,7 @@ class Remedies:
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
         with _broker_errors():
             self._requeue([messages[key] for key in taken if messages[key].tag is not None])
-            self._publish([row for key, row in taken.items() if messages[key].tag is None])
+            self._publish([row for key, row in taken.items() if messages[key].tag is None], of)
         return _distinct(of[key] for key in taken)
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
@@ -192,23 +192,29 @@ class Remedies:
 
         return self._database.run(write)
 
-    def _publish(self, rows: Sequence[Row]) -> None:
+    def _publish(self, rows: Sequence[Row], of: Mapping[str, Finding]) -> None:
         app = self._app_for("json")
         if not rows:
             return
         with app.producer_pool.acquire(block=True) as producer:
             for row in rows:
-                producer.publish(
-                    row["body"],
-                    exchange=row["exchange"],
-                    routing_key=row["routing_key"],
-                    headers=json.loads(row["headers"]),
-                    content_type=row["content_type"],
-                    content_encoding=row["content_encoding"],
-                    retry=True,
-                    retry_policy=app.conf.task_publish_retry_policy,
-                    **json.loads(row["properties"]),
-                )
+                try:
+                    producer.publish(
+                        row["body"],
+                        exchange=row["exchange"],
+                        routing_key=row["routing_key"],
+                        headers=json.loads(row["headers"]),
+                        content_type=row["content_type"],
+                        content_encoding=row["content_encoding"],
+                        retry=True,
+                        retry_policy=app.conf.task_publish_retry_policy,
+                        **json.loads(row["properties"]),
+                    )
+                except (OperationalError, RedisError, OSError):
+                    raise
+                except Exception as error:  # noqa: BLE001 - one that cannot be pushed must not keep the others from it
+                    finding = of[row["message_id"]]
+                    self._complain(finding, _explained(finding, error))
 
     def _requeue(self, abandoned: Sequence[Message]) -> None:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.

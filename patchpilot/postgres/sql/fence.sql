@@ -34,3 +34,10 @@ WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND 
 DELETE FROM patchpilot.fence
 WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s
   AND finished_at IS NULL
+
+-- name: end_for_others
+UPDATE patchpilot.fence SET finished_at = now()
+WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND finished_at IS NULL
+
+-- name: on_record
+SELECT 1 FROM patchpilot.outbox WHERE message_id = %(message_id)s
