@@ -65,7 +65,7 @@ class Heartbeat:
             try:
                 self._database.execute(SQL["seen"], {"instance": INSTANCE, "name": name, "broker": broker})
                 heard = True
-            except PatchpilotError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next sign of life may succeed
                 if heard:  # once is enough
                     logger.warning("No sign of life was left in PostgreSQL: %s", error)
                 heard = False

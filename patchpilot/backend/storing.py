@@ -34,12 +34,14 @@ def store(callback: Signature, serializer: str) -> Stored:
     except Exception as error:  # noqa: BLE001 - a serialiser raises what it likes
         place = _offender(callback, serializer) or "the callback"
         return Stored(flaw=f"{serializer} cannot store {place}: {' '.join(str(error).split())}")
-    if serializer == "pickle":  # gives back what it was given
-        return Stored(ensure_bytes(payload), content_type, encoding)
     try:
         again = loads(payload, content_type, encoding, force=True)
     except Exception as error:
+        if serializer == "pickle":  # an exception whose constructor wants more than its arguments, for example
+            return Stored(flaw=f"pickle cannot read what it wrote: {' '.join(str(error).split())}")
         raise EncodeError(f"{serializer} cannot read what it wrote of {callback.name}: {callback!r}") from error
+    if serializer == "pickle":  # gives back what it was given
+        return Stored(ensure_bytes(payload), content_type, encoding)
     found = _difference(callback, again)
     return Stored(ensure_bytes(payload), content_type, encoding, found and f"{serializer} changes {found}")
 

@@ -267,12 +267,8 @@ class _Paginator:
 
 def lab_settings(scenario: Scenario) -> Settings:
     """The settings that `lab up --scenario` writes for a pilot."""
-<<<<<<< HEAD
     facts = {
         "postgres": "postgresql://lab.test/lab", "region": "eu-central-1", "elasticache": "http://aws.test",
         "replication_group": GROUP, "endpoint": "redis://broker.test:6379/0",
     }  # fmt: skip
-=======
-    facts = {"postgres": "", "region": "x", "elasticache": "http://x", "replication_group": GROUP, "endpoint": ""}
->>>>>>> e2
     return Settings(**tomllib.loads(configuration(facts, Path("credentials"), scenario)))

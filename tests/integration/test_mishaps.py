@@ -1,4 +1,4 @@
-"""What a hostile reader found: sessions on a demoted PostgreSQL, messages nobody can push, starts nobody has on record."""
+"""Mishaps: sessions on a demoted PostgreSQL, messages that nobody can push, starts on no record."""
 
 from __future__ import annotations
 
@@ -55,10 +55,8 @@ def test_a_message_that_nobody_can_push_keeps_no_other_from_being_sent_again(sho
         complaints.append((finding.id, str(error)))
 
     with Database(shop.dsn) as database:
-        database.execute(
-            "UPDATE patchpilot.outbox SET properties = %s WHERE task_id = %s",
-            (b'{"compression": "no such"}', poisoned.id),
-        )
+        poison = b'{"compression": "no such"}'
+        database.execute("UPDATE patchpilot.outbox SET properties = %s WHERE task_id = %s", (poison, poisoned.id))
     with Recovery(Site(shop.broker, shop.dsn), complain=complain) as recovery:
         recovery.recover(NOW)
     assert app.backend.client.llen("celery") == 1
