@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+from celery import chord
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
 
@@ -17,11 +19,19 @@ from patchpilot.clock import FakeClock
 from patchpilot.errors import PatchpilotError, Transient
 from patchpilot.lab.launch import free_port
 from patchpilot.postgres.connection import Database
+from patchpilot.postgres.queries import queries
 from patchpilot.recovery import Finding, Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, app
+from tests.support.shop import add, app, total
 
 NOW = Window(min_age=timedelta(0))
+
+SLOW_COMMITS = (
+    "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$",
+    "CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON patchpilot.chord_part DEFERRABLE INITIALLY DEFERRED "
+    "FOR EACH ROW EXECUTE FUNCTION slow()",
+)
+"""A commit that takes half a second if a part has returned in it."""
 
 
 def test_a_session_that_leads_to_a_demoted_postgresql_is_left_for_another(migrated: str) -> None:
@@ -112,3 +122,34 @@ def test_a_task_that_was_ended_from_outside_does_not_begin_again(shop: Shop) -> 
         database.execute("UPDATE patchpilot.fence SET lease_until = now() - interval '1 minute'")
     with pytest.raises(Ignore):
         fence._begin(request, "before")
+
+
+def test_of_parts_that_return_at_once_the_last_sees_that_the_chord_is_complete(shop: Shop) -> None:
+    """Each asks after its own commit: here commits take half a second, so neither sees the other before."""
+    result = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async()
+    with Database(shop.dsn) as database:
+        for sql in SLOW_COMMITS:
+            database.execute(sql)
+    ready: list[bool] = []
+
+    def end(place: int, task_id: str) -> None:
+        row = {
+            "task_id": task_id, "state": "SUCCESS", "meta": b"{}", "expires": None, "group_id": result.parent.id,
+            "position": place, "payload": b"2", "message_id": None, "scope": None, "attempt": None, "owner": None,
+        }  # fmt: skip
+        with Database(shop.dsn) as own:
+            ready.append(own.fetch(queries("results")["finish"], row)[0]["ready"])
+
+    threads = [threading.Thread(target=end, args=(place, part.id)) for place, part in enumerate(result.parent.results)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ready) == 2
+    assert any(ready)
+
+
+def test_a_success_stays_one(shop: Shop) -> None:
+    app.backend.store_result("t", 4, "SUCCESS")
+    app.backend.store_result("t", ValueError("late"), "FAILURE")
+    assert app.AsyncResult("t").get(timeout=5) == 4
