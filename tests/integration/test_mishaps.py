@@ -28,8 +28,10 @@ NOW = Window(min_age=timedelta(0))
 
 SLOW_COMMITS = (
     "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$",
-    "CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON patchpilot.chord_part DEFERRABLE INITIALLY DEFERRED "
-    "FOR EACH ROW EXECUTE FUNCTION slow()",
+    """
+    CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON patchpilot.chord_part DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION slow()
+    """,
 )
 """A commit that takes half a second if a part has returned in it."""
 
