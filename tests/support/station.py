@@ -12,6 +12,7 @@ from typing import Any, Self
 import pytest
 import redis
 
+from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import Postgres, ValkeyNode
@@ -97,7 +98,10 @@ class Station:
 
     def await_silence(self) -> None:
         """Wait until nothing runs any more and nothing is left."""
-        until(lambda: not self.left_over(), seconds=30, what="nothing was left over")
+        try:
+            until(lambda: not self.left_over(), seconds=30, what="nothing was left over")
+        except NeedsOperator as error:
+            raise AssertionError(f"{error}: {self.left_over()}") from error
 
     def _clear(self) -> None:
         """One case that fails must not fail all that follow."""
