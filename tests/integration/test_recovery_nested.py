@@ -189,6 +189,17 @@ def test_a_plan_does_not_go_further_than_it_says(shop: Shop, recovery: Recovery,
     assert outer.state == "PENDING"
 
 
+def test_from_chords_that_were_chosen_it_goes_to_no_others(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    inner = chord([boom.s()], total.s(label="inner"))
+    outer = chord([inner, add.s(3, 3)], total.s(label="outer")).apply_async()
+    lose_counts(broker, 2)
+    shop.worker()
+    await_found(recovery, "error-path-lost")
+    [found] = recovery.survey(NOW)
+    assert [it.id for it in recovery.sweep(NOW, ids={found.id}).applied] == [found.id]
+    assert outer.parent.id != found.id
+
+
 def test_a_plan_sends_its_own_messages_and_no_others(shop: Shop, broker: redis.Redis) -> None:
     """And finds them again, in the window it was made with."""
     chord([add.s(i, i) for i in range(4)], total.s()).apply_async()
