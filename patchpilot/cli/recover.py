@@ -26,7 +26,7 @@ from patchpilot.cli.console import (
 )
 from patchpilot.cli.watch import Orders, go_on
 from patchpilot.durations import ago
-from patchpilot.errors import PatchpilotError, Usage
+from patchpilot.errors import Exit, PatchpilotError, Usage
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
 from patchpilot.recovery.plan import Plan, as_data
@@ -107,7 +107,7 @@ def recover(
         ),
     ] = None,
     output: OutputOption = Output.TEXT,
-) -> None:
+) -> int:
     """Find what a failover lost (stuck chords, lost callbacks, lost task messages) and re-create exactly that, once.
 
     Compares what PostgreSQL says should exist with what the broker and the workers hold. Age counts from the last
@@ -123,14 +123,18 @@ def recover(
 
     `recover --strays 48h` and `recover --adopt` do something else in place of this, once in a while; `--dry-run` shows
     what. See docs/adopting.md.
+
+    The exit code is 1 if something that can be recovered could not be, "not recovered: ...".
     """
     settings = read_settings(config)
     instead = strays is not None or adopt
+    if strays is not None and adopt:
+        raise Usage("--strays and --adopt are two things to do: one at a time")
     given = {
         "--min-age": min_age, "--max-age": max_age, "--only": only, "--assume-lost": assume_lost, "--plan": plan,
-        "--watch": watch, "--listen": listen, "--strays": strays if adopt else None,
+        "--watch": watch, "--listen": listen,
     }  # fmt: skip
-    if instead and (refused := [name for name, value in given.items() if value]):
+    if instead and (refused := [name for name, value in given.items() if value not in (None, False)]):
         raise Usage(f"{', '.join(refused)}: --strays and --adopt each go with --dry-run, --cluster and --output only")
     _refuse(dry_run=dry_run, watch=watch, listen=listen, for_a_person=bool(plan or assume_lost))
     agreed = read_plan(plan) if plan else None
@@ -145,7 +149,8 @@ def recover(
         every = duration(watch, timedelta(), "--watch")
         go_on(where, Orders(window, kinds, dry_run, every, listen), output)
     else:
-        _once(where, window, kinds, output, dry_run=dry_run, assume_lost=assume_lost, plan=agreed)
+        return _once(where, window, kinds, output, dry_run=dry_run, assume_lost=assume_lost, plan=agreed)
+    return Exit.DONE
 
 
 def _refuse(*, dry_run: bool, watch: str | None, listen: str | None, for_a_person: bool) -> None:
@@ -164,21 +169,30 @@ def _refuse(*, dry_run: bool, watch: str | None, listen: str | None, for_a_perso
 def _once(
     where: Site, window: Window, kinds: tuple[Kind, ...], output: Output, *, dry_run: bool, assume_lost: bool,
     plan: Plan | None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """One pass, and what came of it."""
-    with Recovery(where, complain=complain) as recovery:
+    failed: list[dict[str, str]] = []
+
+    def note(finding: Finding, error: PatchpilotError) -> None:
+        complain(finding, error)
+        failed.append({"kind": finding.kind, "id": finding.id, "why": str(error)})
+
+    with Recovery(where, complain=note) as recovery:
         if dry_run:
             findings, sweep = recovery.survey(window, kinds), None
         else:
             sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=plan)
             findings = sweep.findings
         elsewhere = recovery.elsewhere()
+    code = Exit.ERROR if failed else Exit.DONE
     if output is Output.JSON:
-        emit_json({**_as_data(findings, sweep, window), "elsewhere": [asdict(each) for each in elsewhere]})
-        return
+        others = [asdict(each) for each in elsewhere]
+        emit_json({**_as_data(findings, sweep, window), "failed": failed, "elsewhere": others})
+        return code
     _show(findings, sweep, window)
     for each in elsewhere:
         say(f"not looked at: {each.chords} open chords and {each.messages} messages of another broker, {each.broker}")
+    return code
 
 
 def _kinds(only: str | None) -> tuple[Kind, ...]:
