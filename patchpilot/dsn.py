@@ -6,6 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from patchpilot.errors import Usage
 
 MALFORMED = "is malformed: write postgresql://user:password@host/database, with special characters percent-encoded"
 
@@ -51,6 +54,50 @@ def refusal(dsn: str) -> str:
     connection.finish()
     tried = not said or said.startswith(("connection to server", "could not connect to server"))
     return "" if tried else " ".join(re.sub(r'"[^"]*"', "...", said).split())
+
+
+def readable_endpoint(url: str, name: str, *, somewhere: bool = True) -> str:
+    """``url``, if it is one of a Valkey database. A complaint must not quote it: it may hold the AUTH token.
+
+    :param somewhere: whether it must name a host; Celery's URLs need not.
+    :raises Usage: if it is none.
+    """
+    try:
+        parts = urlsplit(url)
+        database = parts.path.strip("/")
+        good = parts.scheme in ("redis", "rediss") and (parts.hostname or not somewhere) and parts.port != 0
+        good = good and not set(parts.hostname or "") & set(" \t%<>{}|^`\\")
+        good = good and (not database or database.isdecimal())
+    except ValueError:
+        good = False
+    if not good:
+        raise Usage(
+            f"{name} is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
+            "and percent-encode special characters of the password"
+        )
+    for key, value in parse_qsl(parts.query, keep_blank_values=True):
+        if not _is_taken(parts.scheme, key, value):
+            raise Usage(f"{name}: {parts.scheme}:// does not take the parameter {key}, or not with this value")
+    return url
+
+
+_NO_TEXT = {
+    "connection_class", "connection_pool", "credential_provider", "encoder_class", "event_dispatcher", "parser_class",
+    "redis_connect_func", "retry", "retry_on_error", "socket_keepalive_options", "host", "port", "path",
+}  # fmt: skip
+"""What redis-py takes as an object only; and what an address has in its place."""
+
+
+def _is_taken(scheme: str, key: str, value: str) -> bool:
+    """Whether redis-py takes a parameter of an URL: it says so when it makes a connection, before it connects."""
+    import redis
+
+    try:
+        pool = redis.ConnectionPool.from_url(f"{scheme}://h/0?{urlencode({key: value})}")
+        pool.connection_class(**pool.connection_kwargs)
+    except (TypeError, ValueError, redis.RedisError):
+        return False
+    return key not in _NO_TEXT
 
 
 def mask(text: str) -> str:

@@ -11,7 +11,7 @@ import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from patchpilot.dsn import MALFORMED, is_readable, refusal
+from patchpilot.dsn import MALFORMED, is_readable, readable_endpoint, refusal
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
 
@@ -238,7 +238,7 @@ class Settings(BaseSettings):
                 f"cluster {name!r} has no endpoint: set clusters.{name}.endpoint in the configuration file "
                 f"or PATCHPILOT_CLUSTERS__{name.upper()}__ENDPOINT"
             )
-        return _readable_endpoint(secret.get_secret_value(), f"clusters.{name}.endpoint")
+        return readable_endpoint(secret.get_secret_value(), f"clusters.{name}.endpoint")
 
     def results_endpoint(self) -> str:
         """The URL of the Valkey of the application's result backend; empty if that is the broker.
@@ -246,7 +246,7 @@ class Settings(BaseSettings):
         :raises Usage: if it is malformed.
         """
         url = self.celery.results.get_secret_value() if self.celery.results else ""
-        return _readable_endpoint(url, "celery.results") if url else ""
+        return readable_endpoint(url, "celery.results") if url else ""
 
 
 def _readable_dsn(dsn: str) -> str:
@@ -257,46 +257,6 @@ def _readable_dsn(dsn: str) -> str:
     if why := refusal(dsn):
         raise Usage(f"{name} has a value that libpq does not take: {why}")
     return dsn
-
-
-def _readable_endpoint(url: str, name: str) -> str:
-    """``url``, if it is one of a Valkey database. A complaint must not quote it: it may hold the AUTH token."""
-    try:
-        parts = urlsplit(url)
-        database = parts.path.strip("/")
-        good = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
-        good = good and not set(parts.hostname or "") & set(" \t%<>{}|^`\\")
-        good = good and (not database or database.isdecimal())
-    except ValueError:
-        good = False
-    if not good:
-        raise Usage(
-            f"{name} is malformed: write redis://host:6379/0 or rediss://host:6379/0, "
-            "and percent-encode special characters of the password"
-        )
-    for key, value in parse_qsl(parts.query, keep_blank_values=True):
-        if not _is_taken(parts.scheme, key, value):
-            raise Usage(f"{name}: {parts.scheme}:// does not take the parameter {key}, or not with this value")
-    return url
-
-
-_NO_TEXT = {
-    "connection_class", "connection_pool", "credential_provider", "encoder_class", "event_dispatcher", "parser_class",
-    "redis_connect_func", "retry", "retry_on_error", "socket_keepalive_options", "host", "port", "path",
-}  # fmt: skip
-"""What redis-py takes as an object only; and what an address has in its place."""
-
-
-def _is_taken(scheme: str, key: str, value: str) -> bool:
-    """Whether redis-py takes a parameter of an URL: it says so when it makes a connection, before it connects."""
-    import redis
-
-    try:
-        pool = redis.ConnectionPool.from_url(f"{scheme}://h/0?{urlencode({key: value})}")
-        pool.connection_class(**pool.connection_kwargs)
-    except (TypeError, ValueError, redis.RedisError):
-        return False
-    return key not in _NO_TEXT
 
 
 def load(path: Path | None = None) -> Settings:

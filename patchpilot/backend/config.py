@@ -128,6 +128,8 @@ class Config:
     """What made none for longer is left alone too."""
     recovery_every: timedelta | None = None
     """How often it sweeps beside that; None for not at all."""
+    recovery_dead_after: timedelta = timedelta(minutes=1)
+    """A worker that gave no sign of life for this long has lost what it had."""
     valkey_budget: float = 30.0
     """Seconds for which counting a part is retried before the chord is left to recovery."""
     postgres_budget: float = 60.0
@@ -155,6 +157,7 @@ class Config:
             recovery_min_age=_read(app, "patchpilot_recovery_min_age", _span, cls.recovery_min_age),
             recovery_max_age=_read(app, "patchpilot_recovery_max_age", _span, cls.recovery_max_age),
             recovery_every=_read(app, "patchpilot_recovery_every", _span, None),
+            recovery_dead_after=_read(app, "patchpilot_recovery_dead_after", _span, cls.recovery_dead_after),
             valkey_budget=_read(app, "patchpilot_valkey_budget", _seconds, cls.valkey_budget),
             postgres_budget=_read(app, "patchpilot_postgres_budget", _seconds, cls.postgres_budget),
         )
@@ -169,8 +172,9 @@ def dsn_of(app: Celery) -> str:
     """
     configured = (app.conf.get(name) for name in DSN)
     dsn = next(filter(None, configured), None) or os.environ.get("PATCHPILOT_POSTGRES")
+    hidden = isinstance(dsn, Masked)
     if isinstance(dsn, Masked):
-        return dsn.dsn
+        dsn = dsn.dsn
     if callable(dsn):
         dsn = dsn()
     if not dsn:
@@ -180,7 +184,8 @@ def dsn_of(app: Celery) -> str:
         )
     if not is_readable(str(dsn)):
         raise ImproperlyConfigured(f"the DSN (patchpilot_database, PATCHPILOT_POSTGRES) {MALFORMED}")
-    mask(app.conf, str(dsn))
+    if not hidden:
+        mask(app.conf, str(dsn))
     return str(dsn)
 
 

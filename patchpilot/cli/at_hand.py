@@ -10,9 +10,10 @@ from patchpilot.backend.config import Config
 from patchpilot.cli.app import run_app
 from patchpilot.cli.console import say, settings_from
 from patchpilot.errors import NeedsOperator
+from patchpilot.recovery.at_hand import at_hand
 from patchpilot.settings import Celery as CelerySettings
 from patchpilot.settings import Cluster, Postgres, Settings
-from patchpilot.workers.application import Site, site_of
+from patchpilot.workers.application import Site
 
 NAME = "celery"
 """What the application's broker is called where a command asks for a cluster."""
@@ -21,7 +22,7 @@ NAME = "celery"
 def run_for(app: Celery, arguments: list[str]) -> int:
     """Run the command line for ``app``, and return its exit code."""
     try:
-        site, config = site_of(app), Config.of(app)
+        site, config = at_hand(app)
     except (ImproperlyConfigured, NeedsOperator) as error:
         say(f"patchpilot: {error}")
         return 2
@@ -35,7 +36,10 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
         replication_group=NAME, role="broker", endpoint=SecretStr(site.endpoint), key_prefix=site.key_prefix,
         broker_name=site.broker,
     )  # fmt: skip
-    ages = {"min_age": config.recovery_min_age, "max_age": config.recovery_max_age, "claim_lease": config.claim_lease}
+    ages = {
+        "min_age": config.recovery_min_age, "max_age": config.recovery_max_age, "claim_lease": config.claim_lease,
+        "dead_after": config.recovery_dead_after,
+    }  # fmt: skip
     return settings.model_copy(
         update={
             "postgres": Postgres(dsn=SecretStr(site.dsn)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -114,6 +114,7 @@ def show(
     with Database(settings.postgres_dsn()) as database:
         found = life(database, chord)
     stuck, unknown = ((), None) if found.over else _diagnosed(settings, cluster, found)
+    found = _lost(found, stuck)
     if output is Output.JSON:
         data: dict[str, Any] = asdict(found)
         data["moments"] = [{"at": it.at.isoformat(), "what": it.what} for it in found.moments]
@@ -135,7 +136,17 @@ def _diagnosed(settings: Settings, cluster: str | None, it: Life) -> tuple[tuple
     """What recovery finds of this chord, or else why nobody knows. What PostgreSQL knows is told either way."""
     try:
         with Recovery(site(settings, the_broker(settings, cluster))) as recovery:
-            findings = recovery.survey(EVER, ("chord", "callback"))
+            findings = recovery.survey(EVER)
     except (Usage, Transient) as error:
         return (), str(error)
-    return tuple(finding for finding in findings if finding.id == it.group_id), None
+    ours = {it.group_id, *it.callback_ids}
+    return tuple(finding for finding in findings if finding.id in ours), None
+
+
+def _lost(found: Life, stuck: tuple[Finding, ...]) -> Life:
+    """What the broker and the workers say of the callback goes before what the record says: a message may be lost."""
+    lost = [it for it in stuck if it.kind != "chord" and it.curable]
+    if not lost:
+        return found
+    what = "the message of an errback" if found.state == "failed" else "a message of its callback"
+    return replace(found, why=f"{found.why}; but {what} is lost ({lost[0].diagnosis}): `patchpilot recover` sends it")

@@ -108,9 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10
 
     def do_GET(self) -> None:
-        if self.path == "/metrics":
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
             self._answer(200, generate_latest(self.server.metrics.registry), CONTENT_TYPE_LATEST)
-        elif self.path == "/healthz":
+        elif path == "/healthz":
             problem = self.server.health.problem
             self._answer(503 if problem else 200, f"{problem or 'ok'}\n".encode())
         else:
@@ -133,9 +134,12 @@ def address(text: str) -> tuple[str, int]:
     :raises Usage: if it is none of these.
     """
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 <= int(port) <= 65535:
+    bracketed = host.startswith("[") and host.endswith("]")
+    plain = host[1:-1] if bracketed else host
+    good = colon and port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 65535
+    if not good or set(plain) & {"[", "]"} or (bracketed and not plain):
         raise Usage(f"--listen: {text!r} is no address; write it like 127.0.0.1:9090 or :9090")
-    return host.strip("[]"), int(port)
+    return plain, int(port)
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from patchpilot.cli.console import (
 )
 from patchpilot.cli.watch import Orders, go_on
 from patchpilot.durations import ago
-from patchpilot.errors import PatchpilotError, Usage
+from patchpilot.errors import Exit, PatchpilotError, Usage
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
-from patchpilot.recovery.plan import Plan, digest
+from patchpilot.recovery.plan import Plan, as_data
 from patchpilot.recovery.plan import read as read_plan
 from patchpilot.settings import Settings
 
@@ -107,7 +107,7 @@ def recover(
         ),
     ] = None,
     output: OutputOption = Output.TEXT,
-) -> None:
+) -> int:
     """Find what a failover lost (stuck chords, lost callbacks, lost task messages) and re-create exactly that, once.
 
     Compares what PostgreSQL says should exist with what the broker and the workers hold. Age counts from the last
@@ -115,25 +115,31 @@ def recover(
     and any number of other recoveries: what is found stuck is claimed in PostgreSQL before it is sent again.
 
     To decide first and act later: `recover --dry-run --output json > plan.json`, read it, `recover --plan plan.json`.
-    What is in the plan is looked for again; what is no longer so is listed, and left alone.
+    What is in the plan is looked for again, in the plan's window; what is no longer so is listed, and left alone: of a
+    finding that has other messages by now, those of the plan are sent and no others.
 
     `recover --watch 5s` goes on until SIGTERM or Ctrl-C and then exits with code 0. It says each thing once, a line
     each (with `--output json` a line of JSON each), and outlives a PostgreSQL or a broker that is away.
 
     `recover --strays 48h` and `recover --adopt` do something else in place of this, once in a while; `--dry-run` shows
     what. See docs/adopting.md.
+
+    The exit code is 1 if something that can be recovered could not be, "not recovered: ...".
     """
     settings = read_settings(config)
     instead = strays is not None or adopt
+    if strays is not None and adopt:
+        raise Usage("--strays and --adopt are two things to do: one at a time")
     given = {
         "--min-age": min_age, "--max-age": max_age, "--only": only, "--assume-lost": assume_lost, "--plan": plan,
-        "--watch": watch, "--listen": listen, "--strays": strays if adopt else None,
+        "--watch": watch, "--listen": listen,
     }  # fmt: skip
-    if instead and (refused := [name for name, value in given.items() if value]):
+    if instead and (refused := [name for name, value in given.items() if value not in (None, False)]):
         raise Usage(f"{', '.join(refused)}: --strays and --adopt each go with --dry-run, --cluster and --output only")
     _refuse(dry_run=dry_run, watch=watch, listen=listen, for_a_person=bool(plan or assume_lost))
-    window, kinds = _window(settings, min_age, max_age), _kinds(only)
     agreed = read_plan(plan) if plan else None
+    usual = Window(settings.recovery.min_age, settings.recovery.max_age) if agreed is None else agreed.window
+    window, kinds = _window(usual, min_age, max_age), _kinds(only)
     where = site(settings, the_broker(settings, cluster))
     if adopt:
         housekeeping.adopt(where, output, dry_run=dry_run)
@@ -143,7 +149,8 @@ def recover(
         every = duration(watch, timedelta(), "--watch")
         go_on(where, Orders(window, kinds, dry_run, every, listen), output)
     else:
-        _once(where, window, kinds, output, dry_run=dry_run, assume_lost=assume_lost, plan=agreed)
+        return _once(where, window, kinds, output, dry_run=dry_run, assume_lost=assume_lost, plan=agreed)
+    return Exit.DONE
 
 
 def _refuse(*, dry_run: bool, watch: str | None, listen: str | None, for_a_person: bool) -> None:
@@ -162,21 +169,30 @@ def _refuse(*, dry_run: bool, watch: str | None, listen: str | None, for_a_perso
 def _once(
     where: Site, window: Window, kinds: tuple[Kind, ...], output: Output, *, dry_run: bool, assume_lost: bool,
     plan: Plan | None,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """One pass, and what came of it."""
-    with Recovery(where, complain=complain) as recovery:
+    failed: list[dict[str, str]] = []
+
+    def note(finding: Finding, error: PatchpilotError) -> None:
+        complain(finding, error)
+        failed.append({"kind": finding.kind, "id": finding.id, "why": str(error)})
+
+    with Recovery(where, complain=note) as recovery:
         if dry_run:
             findings, sweep = recovery.survey(window, kinds), None
         else:
             sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=plan)
             findings = sweep.findings
         elsewhere = recovery.elsewhere()
+    code = Exit.ERROR if failed else Exit.DONE
     if output is Output.JSON:
-        emit_json({**_as_data(findings, sweep), "elsewhere": [asdict(each) for each in elsewhere]})
-        return
-    _show(findings, sweep)
+        others = [asdict(each) for each in elsewhere]
+        emit_json({**_as_data(findings, sweep, window), "failed": failed, "elsewhere": others})
+        return code
+    _show(findings, sweep, window)
     for each in elsewhere:
         say(f"not looked at: {each.chords} open chords and {each.messages} messages of another broker, {each.broker}")
+    return code
 
 
 def _kinds(only: str | None) -> tuple[Kind, ...]:
@@ -194,11 +210,8 @@ def _kinds(only: str | None) -> tuple[Kind, ...]:
     return tuple(names[word] for word in words)
 
 
-def _window(settings: Settings, min_age: str | None, max_age: str | None) -> Window:
-    window = Window(
-        duration(min_age, settings.recovery.min_age, "--min-age"),
-        duration(max_age, settings.recovery.max_age, "--max-age"),
-    )
+def _window(usual: Window, min_age: str | None, max_age: str | None) -> Window:
+    window = Window(duration(min_age, usual.min_age, "--min-age"), duration(max_age, usual.max_age, "--max-age"))
     if window.min_age >= window.max_age or window.min_age < timedelta():
         raise Usage(
             f"the window is empty: --min-age {ago(window.min_age)} must be below --max-age {ago(window.max_age)}"
@@ -206,16 +219,15 @@ def _window(settings: Settings, min_age: str | None, max_age: str | None) -> Win
     return window
 
 
-def _as_data(findings: tuple[Finding, ...], sweep: Sweep | None) -> dict[str, Any]:
-    rows = [finding.as_dict() for finding in findings]
-    data: dict[str, Any] = {"findings": rows, "digest": digest(rows)}
+def _as_data(findings: tuple[Finding, ...], sweep: Sweep | None, window: Window) -> dict[str, Any]:
+    data = as_data(findings, window)
     if sweep is not None:
         data["applied"] = [each.as_dict() for each in sweep.applied]
         data["changed"] = [asdict(each) for each in sweep.changes]
     return data
 
 
-def _show(findings: tuple[Finding, ...], sweep: Sweep | None) -> None:
+def _show(findings: tuple[Finding, ...], sweep: Sweep | None, window: Window) -> None:
     for change in sweep.changes if sweep else ():
         say(f"not as planned: {change.kind} {change.id} was {change.planned}, now {change.now}")
     if not findings:
@@ -236,7 +248,7 @@ def _show(findings: tuple[Finding, ...], sweep: Sweep | None) -> None:
     curable = sum(finding.curable for finding in findings)
     if applied is None:
         say(f"{curable} of {len(findings)} can be recovered: run the same command without --dry-run")
-        say(f"with --output json this is a plan for --plan; its digest: {digest(it.as_dict() for it in findings)}")
+        say(f"with --output json this is a plan for --plan; its digest: {as_data(findings, window)['digest']}")
     else:
         say(f"recovered {len(applied)} of {len(findings)}")
 

@@ -146,7 +146,8 @@ CHORDS: tuple[Rule[Header], ...] = (
     ),
     Rule(
         "never-published", lambda it: not it.awaited and it.chord.age > PUBLISHING, Remedy.NONE,
-        "{missing} of {total} header tasks have no message on record: their producer died, or was not using patchpilot",
+        "{missing} of {total} header tasks have no message on record and returned nothing: their producer died, or was "
+        "not using patchpilot, or they ended without a result, as a task does that raises Ignore",
         "parts are still to come, there is neither a message nor an inner chord to bring them, and for a minute "
         "nothing has happened to it",
     ),

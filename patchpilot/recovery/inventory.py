@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from patchpilot.errors import Usage
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
+from patchpilot.recovery.standing import over, task_ids, under_way
 
 SQL = queries("inventory")
 
@@ -75,6 +75,8 @@ class Life:
     moments: tuple[Moment, ...]
     over: bool
     """Nothing of it is still to come: neither parts nor its callback."""
+    callback_ids: tuple[str, ...] = ()
+    """The tasks that its callback consists of."""
 
 
 def inventory(database: Database) -> tuple[OfCallback, ...]:
@@ -118,9 +120,17 @@ def life(database: Database, chord: str) -> Life:
         raise Usage(f"no chord {chord!r} is on record: it was purged, or sent by a producer without this backend")
     row = found[0]
     parts = database.fetch(SQL["parts"], row)
-    messages = database.fetch(SQL["callback_messages"], row)
-    starts = database.fetch(SQL["starts"], row)
-    results = database.fetch(SQL["result"], row)
+    ids = task_ids(row["callback_id"], row.pop("callback"), row.pop("callback_type"))
+    asked = {**row, "callback_ids": list(ids)}
+    messages = database.fetch(SQL["callback_messages"], asked)
+    starts = database.fetch(SQL["starts"], asked)
+    results = database.fetch(SQL["results"], asked)
+    inside = [each["group_id"] for each in database.fetch(SQL["chords_inside"], asked)]
+    standing = under_way(ids, messages, starts, results)
+    if inside and standing is None:
+        standing = f"its callback waits for the chord {inside[0]}, which is open"
+    failed = row["state"] == "failed"
+    ending = over(ids, starts, results) if row["state"] == "dispatched" or row["shadow"] else None
     subjects = {**row, "task_ids": [part["task_id"] for part in parts]}
     moments = [
         *_of_chord(row),
@@ -136,9 +146,10 @@ def life(database: Database, chord: str) -> Life:
         state=row["state"],
         returned=returned,
         total=len(parts),
-        why=_why(row, parts, messages, starts, results),
+        why=_why_failed(parts, messages) if failed else standing or ending or _why_open(row, parts),
         moments=tuple(sorted(moments, key=lambda moment: moment.at)),
-        over=row["state"] in ("dispatched", "failed") and not messages,
+        over=row["state"] in ("dispatched", "failed") and not messages and not inside,
+        callback_ids=ids,
     )
 
 
@@ -170,7 +181,7 @@ def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> 
         if it["finished_at"] is not None:
             yield Moment(it["finished_at"], f"callback {it['task_id']} ended")
     for it in results:
-        yield Moment(it["stored_at"], f"callback's result stored: {it['state']}")
+        yield Moment(it["stored_at"], f"callback's result stored: {it['state']} ({it['task_id']})")
 
 
 def _remedy(row: Row) -> str:
@@ -178,18 +189,21 @@ def _remedy(row: Row) -> str:
     return f"recovered{by}: {row['remedy']} ({row['diagnosis']})"
 
 
-def _why(row: Row, parts: list[Row], messages: list[Row], starts: list[Row], results: list[Row]) -> str:
-    """Where it stands. The first sentence that applies."""
-    pending = [part for part in parts if part["state"] is None]
+def _why_failed(parts: list[Row], messages: list[Row]) -> str:
     failed = sum(part["state"] not in (None, "SUCCESS") for part in parts)
-    callback: Any = starts[-1] if starts else None
+    why = f"{failed} of {len(parts)} parts failed" if failed else "its callback could not be sent"
+    if not messages:
+        return f"{why}, so its errbacks ran instead"
+    first = messages[0]
+    return (
+        f"{why}, so its errbacks run instead: {first['task_name']} was sent to queue {first['queue']} and is not over"
+    )
+
+
+def _why_open(row: Row, parts: list[Row]) -> str:
+    """Where it stands, given that of its callback nothing is on record. The first sentence that applies."""
+    pending = [part for part in parts if part["state"] is None]
     sentences: tuple[tuple[bool, Callable[[], str]], ...] = (
-        (row["state"] == "failed", lambda: f"{failed} of {len(parts)} parts failed, so its errbacks ran instead"),
-        (bool(results), lambda: f"its callback has run: {results[-1]['state']}"),
-        (callback is not None and callback["finished_at"] is not None, lambda: "its callback has run"),
-        (callback is not None and not callback["lease_over"], lambda: f"its callback runs, on {callback['worker']}"),
-        (callback is not None, lambda: "its callback began and its worker died: recovery sends it again"),
-        (bool(messages), lambda: f"its callback was sent to queue {messages[-1]['queue']} and has not begun"),
         (row["state"] == "dispatched", lambda: "its callback was dispatched and has ended"),
         (row["publish_error"] is not None, lambda: f"sending it raised {row['publish_error']} in the caller"),
         (row["generating"], lambda: "its producer's generator has not come to its end"),

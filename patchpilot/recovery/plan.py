@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from patchpilot.durations import LONGEST
 from patchpilot.errors import Usage
-from patchpilot.recovery.findings import Finding
+from patchpilot.recovery.findings import KINDS, Finding, Kind, Window
 
 Item = tuple[str, str, str, str]
 """Kind, id, diagnosis and remedy. What has one id may have several: of two messages of one task, say."""
@@ -24,7 +26,10 @@ Item = tuple[str, str, str, str]
 class Plan:
     """What a dry run found, in order."""
 
-    items: tuple[Item, ...]
+    items: Mapping[Item, frozenset[str]]
+    """Each with the outbox ids of its messages."""
+    window: Window
+    """Which the dry run looked at."""
     digest: str
 
 
@@ -39,10 +44,14 @@ class Change:
     """Its diagnosis now; ``gone`` if there is nothing to find any more."""
 
 
-def digest(findings: Iterable[dict[str, Any]]) -> str:
-    """The digest of findings as a dry run prints them: of what each is and what would be done, not of its age."""
-    rows = sorted(_item(it) for it in findings)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def as_data(findings: Iterable[Finding], window: Window) -> dict[str, Any]:
+    """Findings as a dry run prints them: a plan."""
+    rows = [{**finding.as_dict(), "messages": sorted(finding.messages)} for finding in findings]
+    span = {
+        "min_age_seconds": window.min_age.total_seconds(),
+        "max_age_seconds": window.max_age.total_seconds(),
+    }
+    return {"findings": rows, "window": span, "digest": _digest(rows, span)}
 
 
 def read(path: Path) -> Plan:
@@ -52,25 +61,75 @@ def read(path: Path) -> Plan:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found, stated = content["findings"], content["digest"]
-        items = tuple(_item(it) for it in found)
+        found, span, stated = content["findings"], content["window"], content["digest"]
+        items = {_item(it): frozenset(_texts(it["messages"])) for it in found}
+        window = Window(_age(span["min_age_seconds"]), _age(span["max_age_seconds"]))
     except OSError as error:
         raise Usage(f"--plan: cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Usage(f"--plan: {path} is no plan: make one with `patchpilot recover --dry-run --output json`") from None
-    if digest(found) != stated:
+    if _digest(found, span) != stated:
         raise Usage(f"--plan: {path} is not as it was printed: its digest does not fit; make a new plan")
-    return Plan(items, stated)
+    return Plan(items, window, stated)
 
 
-def compare(plan: Plan, findings: Sequence[Finding]) -> tuple[tuple[Finding, ...], tuple[Change, ...]]:
-    """Those of ``findings`` that are as planned, and what became of the rest of the plan."""
-    now = {(it.kind, it.id, it.diagnosis, str(it.remedy)): it for it in findings}
+def compare(
+    plan: Plan, findings: Sequence[Finding], only: Collection[Kind] = KINDS
+) -> tuple[tuple[Finding, ...], tuple[Change, ...]]:
+    """Those of ``findings`` that are as planned, with no other messages than the plan's, and what became of the rest.
+
+    :param only: the rest of the plan is left alone, and not compared.
+    """
+    now: dict[Item, Finding] = {(it.kind, it.id, it.diagnosis, str(it.remedy)): it for it in findings}
     instead: dict[tuple[str, str], str] = {(it.kind, it.id): it.diagnosis for it in findings}
-    gone = [item for item in plan.items if item not in now]
-    changes = [Change(kind, subject, was, instead.get((kind, subject), "gone")) for kind, subject, was, _ in gone]
-    return tuple(now[item] for item in plan.items if item in now), tuple(changes)
+    agreed, changes = [], []
+    for item, planned in plan.items.items():
+        kind, subject, was, _ = item
+        finding = now.get(item)
+        if kind not in only:
+            continue
+        if finding is None:
+            changes.append(Change(kind, subject, was, instead.get((kind, subject), "gone")))
+            continue
+        both = planned.intersection(finding.messages)
+        others = len(finding.messages) - len(both)
+        if both != planned or others:
+            words = f"{was}, of {len(both)} of its {len(planned)} messages and of {others} others"
+            changes.append(Change(kind, subject, was, words))
+        if both or not (planned or others):
+            agreed.append(_only(finding, both) if others else finding)
+    return tuple(agreed), tuple(changes)
+
+
+def _only(finding: Finding, messages: Collection[str]) -> Finding:
+    """``finding``, of these messages only."""
+    kept = tuple(it for it in finding.messages if it in messages)
+    return replace(finding, messages=kept, reason=f"{finding.reason}; of these, the {len(kept)} of the plan")
+
+
+def _digest(findings: Iterable[Mapping[str, Any]], span: Mapping[str, Any]) -> str:
+    """Of what each is, of which messages, and what would be done; not of its age."""
+    rows = sorted([*_item(it), *sorted(_texts(it["messages"]))] for it in findings)
+    window = [_age(span[name]).total_seconds() for name in ("min_age_seconds", "max_age_seconds")]
+    return hashlib.sha256(json.dumps([rows, window]).encode()).hexdigest()
 
 
 def _item(finding: Mapping[str, Any]) -> Item:
-    return finding["kind"], finding["id"], finding["diagnosis"], finding["remedy"]
+    kind, subject, diagnosis, remedy = _texts([finding[name] for name in ("kind", "id", "diagnosis", "remedy")])
+    return kind, subject, diagnosis, remedy
+
+
+def _texts(values: Any) -> list[str]:
+    """:raises ValueError: ``values`` is no list of texts that can be printed."""
+    if not isinstance(values, list) or not all(isinstance(it, str) for it in values):
+        raise ValueError("texts are expected")
+    for it in values:
+        it.encode()
+    return values
+
+
+def _age(seconds: Any) -> timedelta:
+    """:raises ValueError: ``seconds`` is no age."""
+    if not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST.total_seconds():
+        raise ValueError("an age is expected")
+    return timedelta(seconds=seconds)

@@ -128,7 +128,8 @@ class Recovery:
         """As :meth:`recover`; returns everything that was found, and what was done.
 
         :param only: leave other kinds of findings alone.
-        :param ids: leave other chords and tasks alone; a chord's callback goes by the chord's id.
+        :param ids: leave other chords and tasks alone, those around them as well; a chord's callback goes by the
+            chord's id.
         :param assume_lost: take for lost what a worker may have that is alive and does not answer.
         :param plan: do only what is in it, as far as it is still so.
         """
@@ -141,11 +142,11 @@ class Recovery:
         if ended:
             self._database.execute(SQL["close_ended"], {"message_ids": ended})
         findings = _chosen(diagnose(evidence), only, ids)
-        agreed, changes = (findings, ()) if plan is None else compare(plan, findings)
+        agreed, changes = (findings, ()) if plan is None else compare(plan, findings, only)
         remedies = Remedies(self._database, self._app, run_id, self._complain)
         curable = [finding for finding in agreed if finding.curable]
         done: list[Finding] = []
-        outwards = plan is None and "chord" in only
+        outwards = plan is None and ids is None and "chord" in only
         for start in range(0, len(curable), BATCH):
             done += self._try(remedies, curable[start : start + BATCH], messages, outwards=outwards)
         with suppress(Transient):  # a later pass finds what is left

@@ -14,16 +14,15 @@ from datetime import timedelta
 from celery import Celery
 from celery.utils.log import get_logger
 
-from patchpilot.backend.config import Config
 from patchpilot.backend.fence import INSTANCE
 from patchpilot.backend.identity import Identity
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
+from patchpilot.recovery.at_hand import at_hand
 from patchpilot.recovery.findings import Finding, Window
 from patchpilot.recovery.sweep import Recovery, Sweep
 from patchpilot.recovery.turns import Turn, Turns
-from patchpilot.workers.application import site_of
 
 logger = get_logger(__name__)
 
@@ -125,7 +124,7 @@ def sweeper_of(app: Celery) -> Sweeper:
     :raises ImproperlyConfigured: a setting is wrong.
     :raises NeedsOperator: its broker is no Redis.
     """
-    site, config = site_of(app), Config.of(app)
+    site, config = at_hand(app)
     window = Window(config.recovery_min_age, config.recovery_max_age)
     broker = Identity(app).home or ""
     recovery = Recovery(site, complain=_complain)  # one for all sweeps: each makes an application

@@ -216,6 +216,12 @@ def test_the_checks_say_what_is_not_set_up(project: Project, tmp_path: Path) -> 
         CELERY_PATCHPILOT_POSTGRES="postgresql://u:hunter2@127.0.0.1:1/other",
     )  # fmt: skip
     assert all(f"patchpilot.{each}" in astray for each in ("E003", "W001", "W003"))
+    for broker in ("abc/0", "6379/abc", "6379/0?socket_timeout=abc"):
+        said = check(CELERY_BROKER_URL=f"redis://:{SECRET}@127.0.0.1:{broker}")
+        assert ("patchpilot.E003" in said, "Traceback" in said) == (True, False), said
+    malformed = check(CELERY_PATCHPILOT_POSTGRES=f"host=a password={SECRET} nonsense")
+    assert ("is malformed" in malformed, "Traceback" in malformed) == (True, False), malformed
+    assert "PATCHPILOT is no dict" in check(PATCHPILOT="proj.celery:app")
     unreachable = project.environment["PROJ_DATABASES"].replace('"PORT": "', '"PORT": "1')
     gone = project.manage("check", "--database", "default", DATABASES=json.loads(unreachable))
     assert "patchpilot.W006" in gone.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import redis
-from celery import chord
+from celery import chain, chord, group
 
 from patchpilot.backend.message import Part
 from patchpilot.errors import Exit
@@ -17,6 +17,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery.inventory import inventory, life
 from tests.support.commands import patchpilot
+from tests.support.extras import wail
 from tests.support.processes import Shop
 from tests.support.shop import add, app, boom, hold, note, total
 
@@ -76,6 +77,28 @@ def test_a_callback_that_was_lost_is_told_though_its_chord_is_not_open(shop: Sho
     text = patchpilot("chords", "show", result.id, "--config", config).stdout
     assert "callback-message-lost: the message of " in text
     assert "(remedy: republish)" in text
+    assert "but a message of its callback is lost (callback-message-lost): `patchpilot recover` sends it" in text
+
+
+def test_a_callback_of_several_tasks_has_not_run_before_its_last_one(shop: Shop, config: Path) -> None:
+    """And an errback that was lost is told to be lost."""
+    tail = chord([add.s(1, 1)], chain(total.s(), note.s().set(queue="late"))).apply_async()
+    half = chord([add.s(2, 2)], group(total.s(), note.s().set(queue="late"))).apply_async()
+    failed = chord([boom.s()], total.s().on_error(wail.s().set(queue="late"))).apply_async()
+    shop.worker("-c", "1", "-I", "tests.support.extras")
+    with redis.Redis.from_url(shop.broker) as broker, Database(shop.dsn) as database:
+        until(lambda: broker.llen("late") == 3, seconds=30, what="all were sent")
+        said = "1 of 2 tasks of its callback ended; its callback was sent to queue late and has not begun"
+        chords = [tail.parent.id, half.parent.id]
+        for group_id in chords:
+            until(lambda: life(database, group_id).why == said, seconds=30, what="the first had ended")  # noqa: B023
+        broker.delete("late")
+        for group_id in chords:
+            lost = "; but a message of its callback is lost ("
+            assert ask(config, "show", group_id)["why"].startswith(said + lost)
+        why = ask(config, "show", failed.id)["why"]
+        assert why.startswith(f"1 of 1 parts failed, so its errbacks run instead: {wail.name} was sent to queue late")
+        assert "but the message of an errback is lost" in why
 
 
 def test_what_the_broker_cannot_tell_is_not_known_and_the_rest_is_told(shop: Shop, config: Path) -> None:
@@ -124,5 +147,6 @@ def test_the_life_of_a_failed_chord_and_of_one_that_nobody_dispatched(shop: Shop
     stranded = chord([add.s(3, 1).set(queue="nobody")], total.s()).apply_async()
     app.backend.chords.return_part(Part(stranded.parent.id, stranded.parent.results[0].id, 0), "SUCCESS", 4)
     with Database(shop.dsn) as database:
-        until(lambda: "FAILURE" in life(database, failed.id).why, seconds=30, what="the chord had failed")
+        said = "1 of 2 parts failed, so its errbacks ran instead"
+        until(lambda: life(database, failed.id).why == said, seconds=30, what="the chord had failed")
         assert "`patchpilot recover` does" in life(database, stranded.id).why

@@ -126,6 +126,7 @@ def test_two_watches_recover_what_gets_stuck_once_and_end_at_a_signal(shop: Shop
     assert 'patchpilot_recovery_passes_total{outcome="ok"}' in metrics
     assert not any(group_id in metrics for group_id in group_ids)
     assert watches[0].ask("/")[0] == 404
+    assert watches[0].ask("/healthz?from=probe") == (200, "ok\n")
     assert [watches[0].stop(), watches[1].stop(signal.SIGINT)] == [Exit.DONE, Exit.DONE]
     assert all("Traceback" not in each.said for each in watches)
 
@@ -193,6 +194,7 @@ def test_what_does_not_go_together_and_an_address_that_is_taken(migrated: str, v
             ("--listen", ":0"): (Exit.USAGE, "--listen is for --watch"),
             ("--watch", "10ms"): (Exit.USAGE, "an interval below 1s"),
             ("--watch", "5s", "--listen", "here"): (Exit.USAGE, "'here' is no address"),
+            ("--adopt", "--strays", ""): (Exit.USAGE, "--strays"),
             ("--watch", "5s", "--listen", f"127.0.0.1:{port}"): (Exit.ERROR, "Address already in use"),
         }
         for arguments, (code, words) in cases.items():

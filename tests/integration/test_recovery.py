@@ -13,9 +13,11 @@ import pytest
 import redis
 from celery import Signature, chain, chord, group
 
+from patchpilot.errors import Exit
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Applied, Finding, Recovery, Site, Window
+from tests.support.commands import configured, patchpilot
 from tests.support.processes import Shop
 from tests.support.shop import add, app, becomes_hold, hold, later, note, quiet, total
 
@@ -298,6 +300,10 @@ def test_one_that_cannot_be_recovered_does_not_keep_the_others_from_it(shop: Sho
         assert len(complaints) == 1
         assert "celery.accept_content" in complaints[0]
         assert [it.id for it in opened.survey(NOW)] == [stuck[0].parent.id]
+    told = patchpilot("recover", "--min-age", "0s", "--output", "json", "--config", configured(shop))
+    [failed] = json.loads(told.stdout)["failed"]
+    assert (told.returncode, failed["kind"], failed["id"]) == (Exit.ERROR, "chord", stuck[0].parent.id)
+    assert "celery.accept_content" in failed["why"]
 
 
 def test_retries_and_replaced_tasks_are_not_sent_again(shop: Shop, recovery: Recovery) -> None:

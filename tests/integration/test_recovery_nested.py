@@ -189,6 +189,38 @@ def test_a_plan_does_not_go_further_than_it_says(shop: Shop, recovery: Recovery,
     assert outer.state == "PENDING"
 
 
+def test_from_chords_that_were_chosen_it_goes_to_no_others(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    inner = chord([boom.s()], total.s(label="inner"))
+    outer = chord([inner, add.s(3, 3)], total.s(label="outer")).apply_async()
+    lose_counts(broker, 2)
+    shop.worker()
+    await_found(recovery, "error-path-lost")
+    [found] = recovery.survey(NOW)
+    assert [it.id for it in recovery.sweep(NOW, ids={found.id}).applied] == [found.id]
+    assert outer.parent.id != found.id
+
+
+def test_a_plan_sends_its_own_messages_and_no_others(shop: Shop, broker: redis.Redis) -> None:
+    """And finds them again, in the window it was made with."""
+    chord([add.s(i, i) for i in range(4)], total.s()).apply_async()
+    rest = broker.lrange("celery", 0, -2)
+    [planned] = broker.lrange("celery", -1, -1)
+    broker.lrem("celery", 1, planned)
+    command = ["recover", "--output", "json", "--config", configured(shop)]
+    plan = shop.directory / "plan.json"
+    plan.write_text(patchpilot(*command, "--min-age", "0s", "--dry-run").stdout)
+    assert len(json.loads(plan.read_text())["findings"][0]["messages"]) == 1
+    for message in rest[:2]:
+        broker.lrem("celery", 1, message)
+    answer = json.loads(patchpilot(*command, "--plan", plan, "--only", "tasks").stdout)
+    assert (answer["applied"], answer["changed"]) == ([], [])
+    answer = json.loads(patchpilot(*command, "--plan", plan).stdout)
+    assert [it["now"] for it in answer["changed"]] == ["header-message-lost, of 1 of its 1 messages and of 2 others"]
+    assert len(answer["applied"]) == 1
+    ids = [json.loads(it)["headers"]["id"] for it in broker.lrange("celery", 0, -1)]
+    assert sorted(ids) == sorted(json.loads(it)["headers"]["id"] for it in (planned, rest[2]))
+
+
 @pytest.mark.parametrize("table", ["HEADERS", "BODIES", "NESTED", "REPLACED", "LINKS"])
 def test_nested_work_that_is_under_way_is_not_found(
     shop: Shop, recovery: Recovery, monkeypatch: pytest.MonkeyPatch, table: str

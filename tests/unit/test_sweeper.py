@@ -10,8 +10,10 @@ from celery import Celery
 
 from patchpilot.clock import FakeClock
 from patchpilot.errors import NeedsOperator, Transient
+from patchpilot.recovery.at_hand import at_hand
 from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper
 from patchpilot.recovery.turns import Turn
+from patchpilot.settings import Recovery
 from patchpilot.workers.application import site_of
 
 AGE = timedelta(minutes=5)
@@ -143,3 +145,27 @@ def test_an_application_without_redis_has_none() -> None:
     app.conf.patchpilot_postgres = "postgresql://h/x"
     with pytest.raises(NeedsOperator, match="nothing to recover"):
         site_of(app)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:token@h:abc/0", "redis://:token@[::1/0", "redis://:token@h/abc", "redis://:token@h/0?socket_timeout=abc",
+        "rediss://:token@h/0?ssl_cert_reqs=bogus",
+    ],
+)  # fmt: skip
+def test_a_broker_whose_url_cannot_be_read_is_refused_without_its_secret(url: str) -> None:
+    app = Celery("at-hand", set_as_current=False)
+    app.conf.update(broker_url=url, patchpilot_postgres="postgresql://h/x")
+    with pytest.raises(NeedsOperator) as raised:
+        at_hand(app)
+    assert "broker URL" in str(raised.value)
+    assert "token" not in str(raised.value)
+
+
+def test_a_worker_counts_as_dead_after_as_long_as_for_the_command_line() -> None:
+    app = Celery("at-hand", set_as_current=False)
+    app.conf.update(broker_url="redis://", patchpilot_postgres="postgresql://h/x")
+    assert at_hand(app)[0].dead_after == Recovery().dead_after
+    app.conf.patchpilot_recovery_dead_after = 7
+    assert at_hand(app)[0].dead_after == timedelta(seconds=7)

@@ -130,7 +130,9 @@ def test_an_address(text: str, meant: tuple[str, int]) -> None:
     assert address(text) == meant
 
 
-@pytest.mark.parametrize("text", ["9090", "localhost", "localhost:http", "h:65536", "h:-1", ""])
+@pytest.mark.parametrize(
+    "text", ["9090", "localhost", "localhost:http", "h:65536", "h:-1", "[::1:80", "h:٣", "h:²", ""]
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(Usage, match=r"--listen: .* is no address"):
         address(text)

@@ -17,7 +17,7 @@ from patchpilot.contrib.django.conf import alias, celery_app, dsn
 from patchpilot.dsn import mask
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.migrate import migrations
-from patchpilot.workers.application import site_of
+from patchpilot.recovery.at_hand import at_hand
 
 
 @register("patchpilot")
@@ -34,7 +34,7 @@ def check_settings(**_: Any) -> list[CheckMessage]:
     except ImproperlyConfigured as error:
         return [*found, Error(str(error), id="patchpilot.E001")]
     try:
-        site_of(app, where or "unknown")
+        at_hand(app, where or "unknown")
     except (NeedsOperator, CeleryMisconfigured) as error:
         found.append(Error(str(error), id="patchpilot.E003"))
     if not str(app.conf.result_backend or "").startswith("patchpilot+"):
@@ -71,8 +71,11 @@ def _same_database(app: Any, where: str) -> list[CheckMessage]:
 @register(Tags.database)
 def check_tables(databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:
     """patchpilot's tables. Only asked for with ``manage.py check --database``, and by ``manage.py migrate``."""
-    if alias() not in (databases or ()) or connections[alias()].vendor != "postgresql":
-        return []
+    try:
+        if alias() not in (databases or ()) or connections[alias()].vendor != "postgresql":
+            return []
+    except ImproperlyConfigured:
+        return []  # the other check says so
     hint = "run `celery -A proj patchpilot db migrate`"
     try:
         with connections[alias()].cursor() as cursor:

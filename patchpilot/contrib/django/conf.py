@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery, _state
@@ -16,14 +17,23 @@ from psycopg.pq import Conninfo
 
 from patchpilot.backend.config import Config
 from patchpilot.errors import NeedsOperator
-from patchpilot.workers.application import Site, site_of
+from patchpilot.recovery.at_hand import at_hand
+from patchpilot.workers.application import Site
 
 _NAMES = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
 
 
 def setting(name: str, default: Any = None) -> Any:
-    """One entry of the setting PATCHPILOT."""
-    return getattr(settings, "PATCHPILOT", {}).get(name, default)
+    """One entry of the setting PATCHPILOT.
+
+    :raises ImproperlyConfigured: it is no dict.
+    """
+    entries = getattr(settings, "PATCHPILOT", {})
+    if not isinstance(entries, Mapping):
+        raise ImproperlyConfigured(
+            "PATCHPILOT is no dict; write it like PATCHPILOT = {'celery_app': 'proj.celery:app'}"
+        )
+    return entries.get(name, default)
 
 
 def alias() -> str:
@@ -87,7 +97,6 @@ def site() -> tuple[Site, Config]:
     :raises ImproperlyConfigured: something is not set up; the message says what.
     """
     try:
-        where = dsn()
-        return site_of(celery_app(), where), Config.of(celery_app(), where)
+        return at_hand(celery_app(), dsn())
     except (NeedsOperator, CeleryMisconfigured) as error:
         raise ImproperlyConfigured(str(error)) from None

@@ -30,7 +30,8 @@ ORDER BY broker
 
 -- name: chord
 SELECT c.group_id, c.state::text, c.callback_id, c.callback_name, c.created_at, c.finished_at, c.claims, c.claim_until,
-       c.claim_until < now() AS claim_over, c.publish_error, c.unrecoverable, c.generating, c.counting, c.shadow
+       c.claim_until < now() AS claim_over, c.publish_error, c.unrecoverable, c.generating, c.counting, c.shadow, c.callback,
+       c.callback_type
 FROM patchpilot.chord c WHERE c.group_id = %(id)s OR c.callback_id = %(id)s
 ORDER BY c.created_at DESC LIMIT 1
 
@@ -42,15 +43,30 @@ WHERE p.group_id = %(group_id)s
 ORDER BY p.position
 
 -- name: callback_messages
-SELECT task_id, task_name, queue, recorded_at, sent_at, resends FROM patchpilot.outbox WHERE callback_of = %(group_id)s
-ORDER BY recorded_at
+-- Of the callback and of what follows in its chain, or of the errbacks. What has ended since it was written is over, even
+-- if its worker could not say so.
+SELECT o.task_id, o.task_name, o.attempt, o.queue, o.recorded_at, o.sent_at, o.resends
+FROM patchpilot.outbox o
+WHERE (o.callback_of = %(group_id)s OR o.task_id = ANY(%(callback_ids)s) AND o.recorded_at >= %(created_at)s)
+  AND NOT EXISTS (
+      SELECT FROM patchpilot.result r
+      WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+  )
+ORDER BY o.recorded_at
 
 -- name: starts
 SELECT task_id, attempt, worker, starts, started_at, finished_at, lease_until, lease_until < now() AS lease_over
-FROM patchpilot.fence WHERE scope = %(group_id)s ORDER BY started_at
+FROM patchpilot.fence
+WHERE scope = %(group_id)s OR task_id = ANY(%(callback_ids)s) AND started_at >= %(created_at)s ORDER BY started_at
 
--- name: result
-SELECT state, stored_at FROM patchpilot.result WHERE task_id = %(callback_id)s AND stored_at >= %(created_at)s
+-- name: results
+SELECT task_id, state, stored_at FROM patchpilot.result
+WHERE task_id = ANY(%(callback_ids)s) AND stored_at >= %(created_at)s ORDER BY stored_at
+
+-- name: chords_inside
+-- Chords that the callback consists of, or that a task of it was replaced by.
+SELECT group_id FROM patchpilot.chord
+WHERE callback_id = ANY(%(callback_ids)s) AND group_id <> %(group_id)s AND state IN ('open', 'claimed')
 
 -- name: remedies
 SELECT applied_at, diagnosis, remedy, run_id FROM patchpilot.remedy

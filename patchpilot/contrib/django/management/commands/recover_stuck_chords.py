@@ -25,6 +25,7 @@ class Command(BaseCommand):
     help = "Find chords that a failover of the broker left stuck, and finish them, each once. Safe beside workers."
     # It asks the record by a connection of its own; the project's other checks are none of its business.
     requires_system_checks = ("patchpilot",)
+    _failed = 0
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--dry-run", action="store_true", help="say what is stuck and why; change nothing")
@@ -57,8 +58,11 @@ class Command(BaseCommand):
             self.stdout.write(_line(finding, done))
         if not findings:
             self.stdout.write("nothing is stuck")
+        if self._failed:
+            raise CommandError(f"{self._failed} could not be recovered", returncode=int(Exit.ERROR))
 
     def _complain(self, finding: Finding, error: PatchpilotError) -> None:
+        self._failed += 1
         self.stderr.write(f"not recovered: {finding.kind} {finding.id}: {mask(str(error))}")
 
 
