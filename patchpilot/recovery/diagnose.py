@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Generic, TypeVar
 
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Finding, Kind, Remedy
+from patchpilot.recovery.hands import hint
 
 T = TypeVar("T")
 
@@ -211,6 +212,9 @@ def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
     told = {message_id for _, covered in chords for message_id in covered}
     messages = _diagnose_messages([message for message in evidence.messages if message.message_id not in told])
     findings = [*(finding for finding, _ in chords if finding is not None), *messages]
+    if evidence.unreached:
+        why = hint(evidence.unreached)
+        findings = [replace(it, reason=f"{it.reason}; {why}") if "unknown" in it.diagnosis else it for it in findings]
     order: dict[Kind, int] = {"chord": 0, "callback": 1, "task": 2}
     return tuple(
         sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id, finding.diagnosis))

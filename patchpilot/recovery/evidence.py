@@ -123,6 +123,8 @@ class Evidence:
     """Workers that answered."""
     silent: frozenset[str] = frozenset()
     """Workers that are alive and did not answer."""
+    unreached: frozenset[str] = frozenset()
+    """Topics of the broker on which workers listen that could not be asked."""
 
 
 class Collector:
@@ -158,7 +160,7 @@ class Collector:
         hands = self._ask(unseen, at_the_end, names)
         messages = self._locate(rows, unseen, first, hands, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
-        return Evidence(chords, messages, hands.answered, hands.silent)
+        return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached)
 
     def _locate(
         self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, assume_lost: bool
