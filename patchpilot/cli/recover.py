@@ -76,7 +76,8 @@ def recover(
         bool,
         typer.Option(
             "--assume-lost",
-            help="Take for lost what a worker may have that is alive and does not answer: it may run twice.",
+            help="Take for lost what a worker may have that is alive and does not answer, or that workers seem to "
+            "refuse: it may run twice.",
         ),
     ] = False,
     plan: Annotated[

@@ -50,6 +50,8 @@ class Header:
     unknown: tuple[Message, ...]
     dead: tuple[Message, ...] = ()
     """They are lost, and are not sent again: their tasks have expired or were revoked."""
+    refused: tuple[Message, ...] = ()
+    """They are sent again no more: no worker begins with them."""
 
     @property
     def complete(self) -> bool:
@@ -135,6 +137,12 @@ CHORDS: tuple[Rule[Header], ...] = (
         "messages of its header are in no queue, and no living worker has them",
     ),
     Rule(
+        "header-refused", lambda it: bool(it.refused), Remedy.NONE,
+        "{refused} messages of its header were sent again 5 times, and nothing came of it: workers seem to refuse them",
+        "messages of its header are in no queue and with no living worker, and were sent again 5 times; no worker "
+        "began with them, as far as fences tell",
+    ),
+    Rule(
         "chain-expired", lambda it: bool(it.dead), Remedy.NONE,
         "{dead} messages of chains in its header were lost, and have expired since or were revoked: the ends of these "
         "chains never return a part, and Celery fails no chord for that",
@@ -195,6 +203,12 @@ MESSAGES: tuple[Rule[Message], ...] = (
         "it is among the unacknowledged, and no living worker has it",
     ),
     Rule(
+        "refused", lambda it: it.refused, Remedy.NONE,
+        "the message of {task_name} was sent again 5 times, and nothing came of it: workers seem to refuse it",
+        "it is in no queue, not among the unacknowledged, no living worker has it, and it was sent again 5 times; no "
+        "worker began with it, as far as its fence tells",
+    ),
+    Rule(
         "message-lost", lambda it: it.where is Where.NOWHERE, Remedy.REPUBLISH,
         "the message of {task_name} is in no queue, not unacknowledged, and with no living worker",
         "it is in no queue, not among the unacknowledged, and no living worker has it",
@@ -230,7 +244,8 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
     """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
     lost = tuple(it for it in messages if first(MESSAGES, it).remedy is not Remedy.NONE)
     dead = tuple(it for it in messages if first(MESSAGES, it).name in ("revoked", "expired"))
-    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead)
+    refused = tuple(it for it in messages if first(MESSAGES, it).name == "refused")
+    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead, refused)
     rule = first(CHORDS, header)
     covered = _covered(header, rule)
     if not rule.report:
@@ -239,6 +254,7 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
         lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
         unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(dead),
+        refused=len(refused),
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,
@@ -254,7 +270,8 @@ def _covered(header: Header, rule: Rule[Header]) -> tuple[str, ...]:
     lost = header.lost if moot or rule.remedy in (Remedy.REPUBLISH, Remedy.REVOKE_PART) else ()
     unknown = header.unknown if moot or rule.name == "unknown" else ()
     dead = header.dead if moot or rule.name in ("header-expired", "chain-expired") else ()
-    return tuple(it.message_id for it in (*lost, *unknown, *dead))
+    refused = header.refused if moot or rule.name == "header-refused" else ()
+    return tuple(it.message_id for it in (*lost, *unknown, *dead, *refused))
 
 
 def _diagnose_messages(messages: Iterable[Message]) -> Iterator[Finding]:

@@ -34,6 +34,9 @@ SQL = queries("recovery")
 INTERRUPTED_AFTER = timedelta(seconds=10)
 """A worker stores a task's result and then returns its part. If that takes longer than this, it was interrupted."""
 
+RESENDS = 5
+"""What was sent again so often is not lost by chance: a worker takes it, and drops it."""
+
 PATIENCE = timedelta(minutes=1)
 """How long a chord that is complete is left to a worker that does not answer."""
 
@@ -77,6 +80,8 @@ class Message:
     """Its task is a part of its chord that has not returned: not the beginning of a chain that ends in one."""
     taken: float | None = None
     """When it was taken, by the clock of whoever did, if it is unacknowledged."""
+    refused: bool = False
+    """It was sent again and again, and there is no sign that a worker ever began with it."""
 
     @property
     def dead(self) -> bool:
@@ -143,7 +148,7 @@ class Collector:
     def collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
         """Look at everything in ``window``.
 
-        :param assume_lost: workers that are alive and do not answer hold nothing.
+        :param assume_lost: workers that are alive and do not answer hold nothing, and none refuses anything.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
@@ -185,7 +190,8 @@ class Collector:
                 where = Where.ABANDONED
             else:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
-            found.append(_message(row, where, second))
+            refused = row["resends"] >= RESENDS and not row["started"] and not assume_lost
+            found.append(replace(_message(row, where, second), refused=refused))
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:

@@ -250,6 +250,32 @@ def test_a_worker_without_patchpilot_that_does_not_answer_may_have_anything(
     until(lambda: [it.curable for it in recovery.survey(NOW)] == [True], seconds=60, what="it is gone")
 
 
+def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    """They acknowledge what they do not accept, and drop it. Of what began, something may come yet."""
+    task = add.apply_async((1, 1), serializer="pickle").id
+    worker = shop.worker("-c", "1")
+    until(lambda: told(recovery.survey(NOW)) == [(task, "message-lost", True)], seconds=30, what="it was dropped")
+    worker.stop()
+    for _ in range(5):
+        assert [it.id for it in recovery.recover(NOW)] == [task]
+        assert broker.llen("celery") == 1
+        broker.delete("celery")
+    assert told(recovery.survey(NOW)) == [(task, "refused", False)]
+    assert recovery.recover(NOW) == ()
+    assert broker.llen("celery") == 0
+    header = chord([add.s(1, 1)], total.s()).apply_async().parent.id
+    broker.delete("celery")
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.outbox SET resends = 5")
+        assert told(recovery.survey(NOW)) == [(header, "header-refused", False), (task, "refused", False)]
+        begun = """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until)
+                   SELECT scope, task_id, attempt, gen_random_uuid(), 'gone', now() FROM patchpilot.outbox
+                   WHERE group_id IS NOT NULL"""
+        database.execute(begun)
+    assert [it.id for it in recovery.recover(NOW)] == [header]
+    assert [it.id for it in recovery.sweep(NOW, assume_lost=True).applied] == [task]
+
+
 @pytest.mark.parametrize(
     ("settings", "topic", "prefix"),
     [

@@ -73,7 +73,7 @@ SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.
            JOIN patchpilot.chord_part same USING (group_id, task_id)
            WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL AND same.position <> p.position
        )) AS ended,
-       coalesce(f.running, false) AS running,
+       coalesce(f.running, false) AS running, f.started,
        EXISTS (
            SELECT FROM patchpilot.chord_part p
            WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
@@ -88,7 +88,7 @@ LEFT JOIN LATERAL (
 ) r ON true
 LEFT JOIN LATERAL (
     SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
-           bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running
+           bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running, count(*) > 0 AS started
     FROM patchpilot.fence
     WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
 ) f ON true
