@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -16,12 +15,10 @@ from celery.exceptions import ChordError
 from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
-from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Site, Window
 from patchpilot.recovery.findings import Kind
-from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
 from tests.support.processes import Shop
@@ -248,72 +245,6 @@ def test_a_worker_without_patchpilot_that_does_not_answer_may_have_anything(
     assert recovery.recover(NOW) == ()
     worker.kill()
     until(lambda: [it.curable for it in recovery.survey(NOW)] == [True], seconds=60, what="it is gone")
-
-
-def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
-    """They acknowledge what they do not accept, and drop it. Of what began, something may come yet."""
-    task = add.apply_async((1, 1), serializer="pickle").id
-    worker = shop.worker("-c", "1")
-    until(lambda: told(recovery.survey(NOW)) == [(task, "message-lost", True)], seconds=30, what="it was dropped")
-    worker.stop()
-    for _ in range(5):
-        assert [it.id for it in recovery.recover(NOW)] == [task]
-        assert broker.llen("celery") == 1
-        broker.delete("celery")
-    assert told(recovery.survey(NOW)) == [(task, "refused", False)]
-    assert recovery.recover(NOW) == ()
-    assert broker.llen("celery") == 0
-    header = chord([add.s(1, 1)], total.s()).apply_async().parent.id
-    broker.delete("celery")
-    with Database(shop.dsn) as database:
-        database.execute("UPDATE patchpilot.outbox SET resends = 5")
-        assert told(recovery.survey(NOW)) == [(header, "header-refused", False), (task, "refused", False)]
-        begun = """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until)
-                   SELECT scope, task_id, attempt, gen_random_uuid(), 'gone', now() FROM patchpilot.outbox
-                   WHERE group_id IS NOT NULL"""
-        database.execute(begun)
-    assert [it.id for it in recovery.recover(NOW)] == [header]
-    assert [it.id for it in recovery.sweep(NOW, assume_lost=True).applied] == [task]
-
-
-@pytest.mark.parametrize(
-    ("settings", "topic", "prefix"),
-    [
-        ({"control_exchange": "mine"}, "/{database}.mine.pidbox", ""),
-        (
-            {"control_exchange": "mine", "broker_transport_options": {"global_keyprefix": "shop:"}},
-            "/{database}.mine.pidbox", "shop:",
-        ),
-        ({"broker_transport_options": {"fanout_prefix": False}}, "celery.pidbox", ""),
-    ],
-    ids=["exchange", "exchange, keys with a prefix", "fanout prefix"],
-    indirect=["prefix"],
-)  # fmt: skip
-def test_workers_that_are_asked_elsewhere_may_have_anything(
-    shop: Shop, recovery: Recovery, settings: dict[str, Any], topic: str, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without patchpilot, so that nothing else tells of them; and nothing is adopted beside them."""
-    options = settings.get("broker_transport_options", {})
-    monkeypatch.setitem(app.conf, "broker_transport_options", options)
-    gate = shop.directory / "gate"
-    running = hold.apply_async((1, str(gate)))
-    shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker, SHOP_SETTINGS=json.dumps(settings))
-    shop.await_line("hold began")
-    [found] = recovery.survey(NOW)
-    assert told((found,)) == [(running.id, "unknown", False)]
-    listens = topic.format(database=shop.broker.rpartition("/")[2])
-    assert f"workers listen on {listens}, where they are not asked: set celery.control_exchange" in found.reason
-    here = Site(shop.broker, shop.dsn, key_prefix=prefix)
-    with Housekeeping(here) as housekeeping, pytest.raises(NeedsOperator, match=listens):
-        housekeeping.adopt()
-    there = replace(
-        here,
-        control_exchange=settings.get("control_exchange", "celery"),
-        fanout_prefix=options.get("fanout_prefix", True),
-    )
-    with Recovery(there, stale=timedelta(seconds=4)) as asking:
-        assert asking.survey(NOW) == ()
-        gate.touch()
 
 
 def test_a_message_that_a_worker_has_been_sent_and_has_not_read_is_not_lost(
