@@ -158,6 +158,16 @@ class Celery(_Section):
     results_prefix: str = ""
     """``global_keyprefix`` of the result backend transport options, if the application sets one. Its keys are looked
     for under the names that the Celery installed here gives them; only 5.4 puts an underscore behind every prefix."""
+    control_exchange: Filled = "celery"
+    """``control_exchange`` of the application, if it sets one: over it its workers are asked what they have."""
+    fanout_prefix: bool | str = True
+    """``fanout_prefix`` of the broker transport options, if the application sets one."""
+
+    @field_validator("fanout_prefix")
+    @classmethod
+    def _a_switch(cls, value: bool | str) -> bool | str:
+        # From the environment everything is text.
+        return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 class Cluster(_Section):

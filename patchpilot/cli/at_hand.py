@@ -44,7 +44,11 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
         update={
             "postgres": Postgres(dsn=SecretStr(site.dsn)),
             "clusters": {NAME: broker},
-            "celery": CelerySettings(accept_content=site.accept_content),
+            "celery": CelerySettings(
+                accept_content=site.accept_content,
+                control_exchange=site.control_exchange,
+                fanout_prefix=site.fanout_prefix,
+            ),
             "recovery": settings.recovery.model_copy(update=ages),
             "purge": settings.purge.model_copy(update={"retention": config.retention}),
         }

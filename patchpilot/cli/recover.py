@@ -45,6 +45,8 @@ def site(settings: Settings, cluster: str) -> Site:
         dead_after=settings.recovery.dead_after,
         results=settings.results_endpoint(),
         results_prefix=settings.celery.results_prefix,
+        control_exchange=settings.celery.control_exchange,
+        fanout_prefix=settings.celery.fanout_prefix,
         broker=settings.cluster(cluster).broker_name,
     )
 
@@ -74,7 +76,8 @@ def recover(
         bool,
         typer.Option(
             "--assume-lost",
-            help="Take for lost what a worker may have that is alive and does not answer: it may run twice.",
+            help="Take for lost what a worker may have that is alive and does not answer, or that workers seem to "
+            "refuse: it may run twice.",
         ),
     ] = False,
     plan: Annotated[

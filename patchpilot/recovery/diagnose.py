@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Generic, TypeVar
 
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Finding, Kind, Remedy
+from patchpilot.recovery.hands import hint
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Header:
     unknown: tuple[Message, ...]
     dead: tuple[Message, ...] = ()
     """They are lost, and are not sent again: their tasks have expired or were revoked."""
+    refused: tuple[Message, ...] = ()
+    """They are sent again no more: no worker begins with them."""
 
     @property
     def complete(self) -> bool:
@@ -134,6 +137,12 @@ CHORDS: tuple[Rule[Header], ...] = (
         "messages of its header are in no queue, and no living worker has them",
     ),
     Rule(
+        "header-refused", lambda it: bool(it.refused), Remedy.NONE,
+        "{refused} messages of its header were sent again 5 times, and nothing came of it: workers seem to refuse them",
+        "messages of its header are in no queue and with no living worker, and were sent again 5 times; no worker "
+        "began with them, as far as fences tell",
+    ),
+    Rule(
         "chain-expired", lambda it: bool(it.dead), Remedy.NONE,
         "{dead} messages of chains in its header were lost, and have expired since or were revoked: the ends of these "
         "chains never return a part, and Celery fails no chord for that",
@@ -195,6 +204,12 @@ MESSAGES: tuple[Rule[Message], ...] = (
         "it is among the unacknowledged, and no living worker has it",
     ),
     Rule(
+        "refused", lambda it: it.refused, Remedy.NONE,
+        "the message of {task_name} was sent again 5 times, and nothing came of it: workers seem to refuse it",
+        "it is in no queue, not among the unacknowledged, no living worker has it, and it was sent again 5 times; no "
+        "worker began with it, as far as its fence tells",
+    ),
+    Rule(
         "message-lost", lambda it: it.where is Where.NOWHERE, Remedy.REPUBLISH,
         "the message of {task_name} is in no queue, not unacknowledged, and with no living worker",
         "it is in no queue, not among the unacknowledged, and no living worker has it",
@@ -212,6 +227,9 @@ def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
     told = {message_id for _, covered in chords for message_id in covered}
     messages = _diagnose_messages([message for message in evidence.messages if message.message_id not in told])
     findings = [*(finding for finding, _ in chords if finding is not None), *messages]
+    if evidence.unreached:
+        why = hint(evidence.unreached)
+        findings = [replace(it, reason=f"{it.reason}; {why}") if "unknown" in it.diagnosis else it for it in findings]
     order: dict[Kind, int] = {"chord": 0, "callback": 1, "task": 2}
     return tuple(
         sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id, finding.diagnosis))
@@ -227,7 +245,8 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
     """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
     lost = tuple(it for it in messages if first(MESSAGES, it).remedy is not Remedy.NONE)
     dead = tuple(it for it in messages if first(MESSAGES, it).name in ("revoked", "expired"))
-    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead)
+    refused = tuple(it for it in messages if first(MESSAGES, it).name == "refused")
+    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead, refused)
     rule = first(CHORDS, header)
     covered = _covered(header, rule)
     if not rule.report:
@@ -236,6 +255,7 @@ def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | No
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
         lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
         unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(dead),
+        refused=len(refused),
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,
@@ -251,7 +271,8 @@ def _covered(header: Header, rule: Rule[Header]) -> tuple[str, ...]:
     lost = header.lost if moot or rule.remedy in (Remedy.REPUBLISH, Remedy.REVOKE_PART) else ()
     unknown = header.unknown if moot or rule.name == "unknown" else ()
     dead = header.dead if moot or rule.name in ("header-expired", "chain-expired") else ()
-    return tuple(it.message_id for it in (*lost, *unknown, *dead))
+    refused = header.refused if moot or rule.name == "header-refused" else ()
+    return tuple(it.message_id for it in (*lost, *unknown, *dead, *refused))
 
 
 def _diagnose_messages(messages: Iterable[Message]) -> Iterator[Finding]:

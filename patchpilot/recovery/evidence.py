@@ -34,6 +34,9 @@ SQL = queries("recovery")
 INTERRUPTED_AFTER = timedelta(seconds=10)
 """A worker stores a task's result and then returns its part. If that takes longer than this, it was interrupted."""
 
+RESENDS = 5
+"""What was sent again so often is not lost by chance: a worker takes it, and drops it."""
+
 PATIENCE = timedelta(minutes=1)
 """How long a chord that is complete is left to a worker that does not answer."""
 
@@ -77,6 +80,8 @@ class Message:
     """Its task is a part of its chord that has not returned: not the beginning of a chain that ends in one."""
     taken: float | None = None
     """When it was taken, by the clock of whoever did, if it is unacknowledged."""
+    refused: bool = False
+    """It was sent again and again, and there is no sign that a worker ever began with it."""
 
     @property
     def dead(self) -> bool:
@@ -123,6 +128,8 @@ class Evidence:
     """Workers that answered."""
     silent: frozenset[str] = frozenset()
     """Workers that are alive and did not answer."""
+    unreached: frozenset[str] = frozenset()
+    """Topics of the broker on which workers listen that could not be asked."""
 
 
 class Collector:
@@ -141,7 +148,7 @@ class Collector:
     def collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
         """Look at everything in ``window``.
 
-        :param assume_lost: workers that are alive and do not answer hold nothing.
+        :param assume_lost: workers that are alive and do not answer hold nothing, and none refuses anything.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
@@ -158,7 +165,7 @@ class Collector:
         hands = self._ask(unseen, at_the_end, names)
         messages = self._locate(rows, unseen, first, hands, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
-        return Evidence(chords, messages, hands.answered, hands.silent)
+        return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached)
 
     def _locate(
         self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, assume_lost: bool
@@ -183,7 +190,8 @@ class Collector:
                 where = Where.ABANDONED
             else:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
-            found.append(_message(row, where, second))
+            refused = row["resends"] >= RESENDS and not row["started"] and not assume_lost
+            found.append(replace(_message(row, where, second), refused=refused))
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:

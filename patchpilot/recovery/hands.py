@@ -36,6 +36,8 @@ class Hands:
     """Workers that are alive and did not answer, by instance."""
     strangers: int = 0
     """How many more listen to the broker and did not answer."""
+    unreached: frozenset[str] = frozenset()
+    """Topics of the broker on which somebody listens who could not be asked."""
     unread: bool = False
     """A worker has been sent something that nobody can look into yet."""
     places: frozenset[str] | None = frozenset()
@@ -44,13 +46,21 @@ class Hands:
     @property
     def complete(self) -> bool:
         """Whether everybody who may have something has said so."""
-        return not (self.silent or self.strangers or self.unread)
+        return not (self.silent or self.strangers or self.unreached or self.unread)
 
     def may_have(self, row: Mapping[str, Any]) -> bool:
         """Whether this message, which nobody says to have, may be with somebody all the same."""
         if not self.complete or self.places is None:
             return True
         return bool(self.places.intersection({*queues_of(row), row["exchange"] or None}))
+
+
+def hint(unreached: Collection[str]) -> str:
+    """What to do about workers that cannot be asked, because they listen on these topics."""
+    return (
+        f"workers listen on {', '.join(sorted(unreached))}, where they are not asked: set celery.control_exchange and "
+        "celery.fanout_prefix as their application does"
+    )
 
 
 def queues_of(row: Mapping[str, Any]) -> set[str]:
@@ -75,6 +85,7 @@ def ask(asking: Asking, message_ids: Collection[str], task_ids: Collection[str])
         answered=frozenset(answers.by_instance),
         silent=frozenset(answers.silent),
         strangers=answers.strangers,
+        unreached=answers.unreached,
         unread=any(answer.get("unread") for answer in ours),
         places=places,
     )

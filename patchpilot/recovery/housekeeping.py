@@ -9,7 +9,7 @@ from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery.adopt import Adoption, Verdict, judge
-from patchpilot.recovery.hands import Hands, ask
+from patchpilot.recovery.hands import Hands, ask, hint
 from patchpilot.recovery.strays import Strays, strays
 from patchpilot.valkey.broker import Broker
 from patchpilot.valkey.keys import ChordKeys
@@ -87,6 +87,8 @@ def _check(hands: Hands) -> None:
             "nothing is adopted while workers without patchpilot are at work: stop them, or restart them with "
             "patchpilot's backend, and adopt then"
         )
+    if hands.unreached:
+        raise NeedsOperator(f"nothing is adopted: {hint(hands.unreached)}")
     if hands.strangers:
         raise NeedsOperator(
             f"nothing is adopted: {hands.strangers} that listen to the broker as workers do have not answered, so they "

@@ -130,7 +130,8 @@ class Recovery:
         :param only: leave other kinds of findings alone.
         :param ids: leave other chords and tasks alone, those around them as well; a chord's callback goes by the
             chord's id.
-        :param assume_lost: take for lost what a worker may have that is alive and does not answer.
+        :param assume_lost: take for lost what a worker may have that is alive and does not answer, and what workers
+            seem to refuse.
         :param plan: do only what is in it, as far as it is still so.
         """
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.

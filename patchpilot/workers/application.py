@@ -42,6 +42,10 @@ class Site:
     """The ``global_keyprefix`` of its result backend transport options."""
     dead_after: timedelta = STALE
     """A worker that gave no sign of life for this long counts as dead, and what it had as lost."""
+    control_exchange: str = "celery"
+    """Over which its workers are asked."""
+    fanout_prefix: bool | str = True
+    """Of its broker transport options."""
     broker: str | None = None
     """What the application calls its broker in the record (``patchpilot_broker``), if not by its address."""
 
@@ -50,7 +54,9 @@ def application(site: Site, serializer: str = "json") -> Celery:
     """The stand-in for applications whose result serialiser is ``serializer``."""
     app = Celery("patchpilot-recovery", set_as_current=False)
     endpoint = _verified(site.endpoint)
-    options = {"global_keyprefix": site.key_prefix} if site.key_prefix else {}
+    options: dict[str, Any] = {"fanout_prefix": site.fanout_prefix}
+    if site.key_prefix:
+        options["global_keyprefix"] = site.key_prefix
     app.conf.update(
         broker_url=endpoint,
         broker_transport=TRANSPORT,
@@ -66,6 +72,7 @@ def application(site: Site, serializer: str = "json") -> Celery:
         task_routes=(as_recorded,),
         task_publish_retry_policy=_PUBLISH_RETRIES,
         broker_transport_options=options,
+        control_exchange=site.control_exchange,
         patchpilot_broker=site.broker,
         patchpilot_fence="off",  # it runs no tasks, and what watches over them would keep it alive for ever
     )
@@ -85,12 +92,15 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
     url = str((url[0] if isinstance(url, list | tuple) else url) or "").split(";", maxsplit=1)[0]
     if not url.startswith(("redis://", "rediss://")):
         raise NeedsOperator("the application's broker is no redis:// or rediss:// URL: there is nothing to recover")
+    options = conf.broker_transport_options or {}
     return Site(
         endpoint=_encrypted(url, conf.broker_use_ssl),
         dsn=config.dsn,
-        key_prefix=(conf.broker_transport_options or {}).get("global_keyprefix") or "",
+        key_prefix=options.get("global_keyprefix") or "",
         accept_content=tuple(conf.accept_content),
         claim_lease=config.claim_lease,
+        control_exchange=conf.control_exchange,
+        fanout_prefix=options.get("fanout_prefix", True),
         broker=conf.get(BROKER),
     )
 

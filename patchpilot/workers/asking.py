@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from patchpilot.clock import Backoff, Clock
 from patchpilot.errors import Transient
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
+from patchpilot.workers.unreached import unreached
 
 SQL = queries("workers")
 
@@ -36,6 +37,8 @@ class Answers:
     """Those that are alive and did not answer, or not as one that knows the question: instance -> name."""
     strangers: int = 0
     """How many more heard the question and said nothing: without patchpilot nothing else tells of them."""
+    unreached: frozenset[str] = frozenset()
+    """Topics of the broker on which somebody listens who was not asked."""
 
 
 class Asking:
@@ -75,7 +78,7 @@ class Asking:
             answers.strangers = heard.unaccounted(alive)
             settled = answers.puzzled.issuperset(answers.silent.values())
             if (settled and not (everybody and answers.strangers)) or not patience.pause():
-                return answers
+                return replace(answers, unreached=self._unreached()) if everybody else answers
 
     def inquire(self, names: Collection[str], command: str) -> dict[str, list[Any]]:
         """What the workers called ``names`` answer to one of Celery's own questions, by name: two may have the same.
@@ -99,6 +102,10 @@ class Asking:
         rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
         ours = (row for row in rows if row["broker"] in (None, *self._brokers) or row["instance"] in self._heard)
         return {row["instance"]: row["name"] for row in ours if row["alive"]}
+
+    def _unreached(self) -> frozenset[str]:
+        with self._away(), self._app.connection_for_write() as connection:
+            return unreached(self._app, connection)
 
     def _broadcast(self, command: str, arguments: dict[str, Any], answers: Answers) -> _Heard:
         # A connection of its own each time: a pooled one may lead to where the primary was.

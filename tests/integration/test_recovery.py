@@ -324,6 +324,30 @@ def test_retries_and_replaced_tasks_are_not_sent_again(shop: Shop, recovery: Rec
     assert sorted(shop.ledger()) == ["add 40 2", "replaced began", "replaced ended", "retried 0", "retried 1"]
 
 
+def test_a_task_that_is_in_a_header_twice_is_awaited_twice(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    """One signature, one id, two messages. What tells of the end of one says nothing of the other."""
+    same = add.s(1, 1)
+    same.freeze()
+    result = chord([same, same], total.s()).apply_async()
+    parked = broker.lpop("celery")
+    worker = shop.worker("-c", "1")
+    shop.await_line("add 1 1")
+    with Database(shop.dsn) as database:
+        until(lambda: len(database.fetch("SELECT FROM patchpilot.outbox")) == 1, seconds=30, what="the first has ended")
+        worker.stop()
+        database.execute("UPDATE patchpilot.result SET stored_at = stored_at - interval '15 s'")
+        database.execute("UPDATE patchpilot.chord SET created_at = created_at - interval '1 min'")
+        database.execute("UPDATE patchpilot.outbox SET recorded_at = recorded_at - interval '1 min'")
+        broker.rpush("celery", parked)
+        assert recovery.recover(NOW) == ()
+        assert broker.llen("celery") == 1
+        broker.delete("celery")
+        assert only(recovery.recover(NOW)).diagnosis == "header-message-lost"
+    shop.worker("-c", "1")
+    assert result.get(timeout=30) == 4
+    assert shop.ledger().count("add 1 1") == 2
+
+
 def test_a_row_that_is_locked_for_a_moment_is_not_forgotten(shop: Shop) -> None:
     """The worker of the last part finds the chord locked by somebody who does not claim it, and waits for it."""
     gate = shop.directory / "gate"

@@ -39,6 +39,8 @@ PART = message(Where.REVOKED, message_id="r", group_id="g", awaited=True)
 """What brings a part of a header, and was revoked."""
 CHAIN = replace(PART, where=Where.NOWHERE, expired=True, awaited=False)
 """What begins a chain in a header, and has expired."""
+REFUSED = replace(PART, where=Where.NOWHERE, refused=True)
+"""What was sent again often enough."""
 
 # One row of a table: the evidence that leads to it, which is not enough for any row above.
 OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Seen]]] = {
@@ -56,6 +58,7 @@ OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Seen]]] = {
     "part-return-interrupted": (Remedy.RECORD_PART, {"ended": 1, "messages": 1}, []),
     "header-expired": (Remedy.REVOKE_PART, {}, [Where.QUEUED, Where.NOWHERE, PART]),
     "header-message-lost": (Remedy.REPUBLISH, {}, [Where.QUEUED, Where.NOWHERE, CHAIN]),
+    "header-refused": (Remedy.NONE, {}, [Where.UNKNOWN, CHAIN, REFUSED]),
     "chain-expired": (Remedy.NONE, {}, [Where.UNKNOWN, CHAIN]),
     "unknown": (Remedy.NONE, {}, [Where.QUEUED, Where.UNKNOWN]),
     "never-published": (Remedy.NONE, {"messages": 0}, []),
@@ -70,6 +73,7 @@ OF_MESSAGES: dict[str, tuple[Remedy, Where, dict[str, object]]] = {
     "revoked": (Remedy.NONE, Where.REVOKED, {}),
     "expired": (Remedy.NONE, Where.NOWHERE, {"expired": True}),
     "abandoned": (Remedy.REQUEUE, Where.ABANDONED, {}),
+    "refused": (Remedy.NONE, Where.NOWHERE, {"refused": True}),
     "message-lost": (Remedy.REPUBLISH, Where.NOWHERE, {}),
 }
 
@@ -82,9 +86,14 @@ def of_header(seen: list[Seen]) -> tuple[Message, ...]:
 
 def header(it: Chord, seen: list[Seen]) -> Header:
     found = of_header(seen)
-    lost = tuple(each for each in found if each.where in (Where.NOWHERE, Where.ABANDONED) and not each.dead)
+    refused = tuple(each for each in found if each.where is Where.NOWHERE and each.refused and not each.dead)
+    lost = tuple(
+        each
+        for each in found
+        if each.where in (Where.NOWHERE, Where.ABANDONED) and not each.dead and each not in refused
+    )
     unknown = tuple(each for each in found if each.where is Where.UNKNOWN)
-    return Header(it, lost, unknown, tuple(each for each in found if each.dead))
+    return Header(it, lost, unknown, tuple(each for each in found if each.dead), refused)
 
 
 @pytest.mark.parametrize("rule", CHORDS, ids=lambda rule: rule.name)
@@ -143,6 +152,11 @@ def test_no_row_is_without_a_test_and_no_name_is_there_twice() -> None:
         ({"returned": 3}, [PART], "dispatch-lost"),
         ({"publish_error": "E"}, [PART], "half-published"),
         ({"shadow": True}, [PART], "shadow-at-work"),
+        ({}, [Where.NOWHERE, REFUSED], "header-message-lost"),
+        ({}, [replace(REFUSED, where=Where.ABANDONED)], "header-message-lost"),
+        ({}, [replace(REFUSED, where=Where.HELD)], "at-work"),
+        ({}, [replace(REFUSED, expired=True)], "header-expired"),
+        ({"returned": 3}, [REFUSED], "dispatch-lost"),
     ],
 )
 def test_what_lies_between_two_rows(changes: dict[str, object], seen: list[Seen], diagnosis: str) -> None:
@@ -227,6 +241,7 @@ def messages(draw: st.DrawFn) -> Message:
         group_id=draw(st.none() | st.just("g")), callback_of=draw(st.none() | st.just("h")), where=where, age=HOUR,
         expired=draw(st.booleans()), resends=draw(st.integers(0, 3)), sent_at=datetime(2026, 1, 1, tzinfo=UTC),
         tag="tag" if where is Where.ABANDONED else None, shadow=draw(st.booleans()), awaited=draw(st.booleans()),
+        refused=draw(st.booleans()),
     )  # fmt: skip
 
 
@@ -252,7 +267,7 @@ few = st.lists(messages(), max_size=3).map(tuple)
 def test_every_chord_has_one_diagnosis(
     it: Chord, lost: tuple[Message, ...], unknown: tuple[Message, ...], dead: tuple[Message, ...]
 ) -> None:
-    header = Header(it, lost, unknown, dead)
+    header = Header(it, lost, unknown, dead, dead)
     rule = first(CHORDS, header)
     above = CHORDS[: CHORDS.index(rule)]
     assert rule.applies(header)
@@ -291,6 +306,13 @@ def test_what_has_expired_or_was_revoked_is_touched_only_to_end_it(found: Eviden
     for finding in diagnose(found):
         if finding.curable and dead & {*finding.messages}:
             assert (finding.kind, finding.remedy) == ("chord", Remedy.REVOKE_PART)
+
+
+@given(evidence)
+def test_what_is_refused_is_not_sent_again(found: Evidence) -> None:
+    assert not {it.message_id for it in found.messages if it.where is Where.NOWHERE and it.refused and not it.dead} & (
+        touched(found)
+    )
 
 
 @given(evidence)

@@ -54,6 +54,12 @@ def test_the_example_shows_four_clusters_of_which_one_is_the_broker() -> None:
     assert settings.runbook.grace == timedelta(minutes=5)
 
 
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("True", True), ("shop-{db}-", "shop-{db}-")])
+def test_the_fanout_prefix_from_the_environment(text: str, value: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHPILOT_CELERY__FANOUT_PREFIX", text)
+    assert load(ROOT / "config/patchpilot.example.toml").celery.fanout_prefix == value
+
+
 def test_what_the_example_comments_out_can_be_commented_in(tmp_path: Path) -> None:
     text = (ROOT / "config/patchpilot.example.toml").read_text()
     block = re.search(r"# (\[runbook\.abort_metric\]\n(?:# .+\n)+)", text)

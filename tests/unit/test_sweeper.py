@@ -133,11 +133,13 @@ def test_the_site_of_an_application(url: object, options: object, endpoint: str)
     app = Celery("at-hand", set_as_current=False)
     app.conf.update(
         broker_url=url, broker_use_ssl=options, patchpilot_postgres="postgresql://h/x", accept_content=["json", "yaml"],
-        broker_transport_options={"global_keyprefix": "shop:"}, patchpilot_broker="orders",
+        broker_transport_options={"global_keyprefix": "shop:", "fanout_prefix": False}, patchpilot_broker="orders",
+        control_exchange="mine",
     )  # fmt: skip
     site = site_of(app)
     assert (site.endpoint, site.dsn, site.key_prefix) == (endpoint, "postgresql://h/x", "shop:")
     assert (site.accept_content, site.broker) == (("json", "yaml"), "orders")
+    assert (site.control_exchange, site.fanout_prefix) == ("mine", False)
 
 
 def test_an_application_without_redis_has_none() -> None:

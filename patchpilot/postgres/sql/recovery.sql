@@ -20,6 +20,14 @@ WITH open_chord AS (
             SELECT result.task_id FROM patchpilot.result
             WHERE p.state IS NULL AND result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
               AND result.stored_at BETWEEN c.created_at AND now() - %(interrupted_after)s
+              AND NOT (
+                  -- A task that is in the header more than once: while a message of it is left, its result is another's.
+                  EXISTS (SELECT FROM patchpilot.outbox o WHERE o.group_id = p.group_id AND o.task_id = p.task_id)
+                  AND EXISTS (
+                      SELECT FROM patchpilot.chord_part same
+                      WHERE same.group_id = p.group_id AND same.task_id = p.task_id AND same.position <> p.position
+                  )
+              )
             LIMIT 1
         ) r ON true
         LEFT JOIN patchpilot.chord inner_chord
@@ -46,7 +54,8 @@ WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 
 -- name: messages
 -- Every message whose task has not ended, as far as PostgreSQL knows. Without a result only its part tells that a header
--- task has ended; it is of this sending if it returned after it.
+-- task has ended; it is of this sending if it returned after it. What tells that a task has ended does not tell which of
+-- two of them that share an id in one header, so each of their messages stands until all their parts are here.
 WITH part AS (
     SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at
     FROM (SELECT DISTINCT group_id FROM patchpilot.outbox WHERE group_id IS NOT NULL) open_group
@@ -59,8 +68,12 @@ WITH part AS (
 )
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
        o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
-       r.task_id IS NOT NULL OR coalesce(f.finished, false) OR part.task_id IS NOT NULL AS ended,
-       coalesce(f.running, false) AS running,
+       coalesce(f.finished, false) OR ((r.task_id IS NOT NULL OR part.task_id IS NOT NULL) AND NOT EXISTS (
+           SELECT FROM patchpilot.chord_part p
+           JOIN patchpilot.chord_part same USING (group_id, task_id)
+           WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL AND same.position <> p.position
+       )) AS ended,
+       coalesce(f.running, false) AS running, f.started,
        EXISTS (
            SELECT FROM patchpilot.chord_part p
            WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
@@ -75,7 +88,7 @@ LEFT JOIN LATERAL (
 ) r ON true
 LEFT JOIN LATERAL (
     SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
-           bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running
+           bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running, count(*) > 0 AS started
     FROM patchpilot.fence
     WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
 ) f ON true
@@ -118,6 +131,14 @@ CROSS JOIN LATERAL (
     SELECT result.meta FROM patchpilot.result
     WHERE result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
       AND result.stored_at >= c.created_at
+      AND NOT (
+          -- A task that is in the header more than once: while a message of it is left, its result is another's.
+          EXISTS (SELECT FROM patchpilot.outbox o WHERE o.group_id = p.group_id AND o.task_id = p.task_id)
+          AND EXISTS (
+              SELECT FROM patchpilot.chord_part same
+              WHERE same.group_id = p.group_id AND same.task_id = p.task_id AND same.position <> p.position
+          )
+      )
     LIMIT 1
 ) r
 WHERE p.group_id = ANY(%(group_ids)s) AND p.state IS NULL

@@ -1,0 +1,164 @@
+"""What keeps recovery's hands off: workers that it cannot ask, and the guards in its statements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis
+from celery import chord
+
+from patchpilot.clock import SYSTEM
+from patchpilot.errors import NeedsOperator
+from patchpilot.lab.processes import until
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery import Finding, Recovery, Site, Window, evidence, hands
+from patchpilot.recovery.housekeeping import Housekeeping
+from tests.support.processes import Shop
+from tests.support.shop import add, app, hold, total
+
+pytestmark = pytest.mark.backend
+
+NOW = Window(min_age=timedelta(0))
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    return str(getattr(request, "param", ""))
+
+
+@pytest.fixture
+def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
+    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def broker(shop: Shop) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(shop.broker) as client:
+        yield client
+
+
+def told(findings: tuple[Finding, ...]) -> list[tuple[str, str, bool]]:
+    return [(it.id, it.diagnosis, it.curable) for it in findings]
+
+
+def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    """They acknowledge what they do not accept, and drop it. Of what began, something may come yet."""
+    task = add.apply_async((1, 1), serializer="pickle").id
+    worker = shop.worker("-c", "1")
+    until(lambda: told(recovery.survey(NOW)) == [(task, "message-lost", True)], seconds=30, what="it was dropped")
+    worker.stop()
+    for _ in range(5):
+        assert [it.id for it in recovery.recover(NOW)] == [task]
+        assert broker.llen("celery") == 1
+        broker.delete("celery")
+    assert told(recovery.survey(NOW)) == [(task, "refused", False)]
+    assert recovery.recover(NOW) == ()
+    assert broker.llen("celery") == 0
+    header = chord([add.s(1, 1)], total.s()).apply_async().parent.id
+    broker.delete("celery")
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.outbox SET resends = 5")
+        assert told(recovery.survey(NOW)) == [(header, "header-refused", False), (task, "refused", False)]
+        begun = """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until)
+                   SELECT scope, task_id, attempt, gen_random_uuid(), 'gone', now() FROM patchpilot.outbox
+                   WHERE group_id IS NOT NULL"""
+        database.execute(begun)
+    assert [it.id for it in recovery.recover(NOW)] == [header]
+    assert [it.id for it in recovery.sweep(NOW, assume_lost=True).applied] == [task]
+
+
+@pytest.mark.parametrize(
+    ("settings", "topic", "prefix"),
+    [
+        ({"control_exchange": "mine"}, "/{database}.mine.pidbox", ""),
+        (
+            {"control_exchange": "mine", "broker_transport_options": {"global_keyprefix": "shop:"}},
+            "/{database}.mine.pidbox", "shop:",
+        ),
+        ({"broker_transport_options": {"fanout_prefix": False}}, "celery.pidbox", ""),
+    ],
+    ids=["exchange", "exchange, keys with a prefix", "fanout prefix"],
+    indirect=["prefix"],
+)  # fmt: skip
+def test_workers_that_are_asked_elsewhere_may_have_anything(
+    shop: Shop, recovery: Recovery, settings: dict[str, Any], topic: str, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without patchpilot, so that nothing else tells of them; and nothing is adopted beside them."""
+    options = settings.get("broker_transport_options", {})
+    monkeypatch.setitem(app.conf, "broker_transport_options", options)
+    gate = shop.directory / "gate"
+    running = hold.apply_async((1, str(gate)))
+    shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker, SHOP_SETTINGS=json.dumps(settings))
+    shop.await_line("hold began")
+    [found] = recovery.survey(NOW)
+    assert told((found,)) == [(running.id, "unknown", False)]
+    listens = topic.format(database=shop.broker.rpartition("/")[2])
+    assert f"workers listen on {listens}, where they are not asked: set celery.control_exchange" in found.reason
+    here = Site(shop.broker, shop.dsn, key_prefix=prefix)
+    with Housekeeping(here) as housekeeping, pytest.raises(NeedsOperator, match=listens):
+        housekeeping.adopt()
+    there = replace(
+        here,
+        control_exchange=settings.get("control_exchange", "celery"),
+        fanout_prefix=options.get("fanout_prefix", True),
+    )
+    with Recovery(there, stale=timedelta(seconds=4)) as asking:
+        assert asking.survey(NOW) == ()
+        gate.touch()
+
+
+@pytest.mark.parametrize("move", ["taken again", "given back"])
+def test_what_changes_hands_while_recovery_looks_is_in_somebody_s(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch, move: str
+) -> None:
+    task = add.delay(1, 1).id
+    raw = json.loads(broker.rpop("celery"))
+    broker.hset("unacked", "tag", json.dumps([raw, "", "celery"]))
+    if move == "taken again":
+        broker.zadd("unacked_index", {"tag": SYSTEM.now().timestamp()})
+    assert told(recovery.survey(NOW)) == [(task, "abandoned", True)]
+
+    def meanwhile(*args: Any) -> hands.Hands:
+        if move == "taken again":
+            broker.zincrby("unacked_index", 1, "tag")
+        else:
+            broker.hdel("unacked", "tag")
+        return hands.ask(*args)
+
+    monkeypatch.setattr(evidence, "ask", meanwhile)
+    assert recovery.survey(NOW) == ()
+
+
+def test_a_part_is_recorded_once(shop: Shop) -> None:
+    result = chord([add.s(1, 1)], total.s()).apply_async().parent
+    columns: dict[str, Any] = {"group_ids": [result.id], "task_ids": [result.results[0].id], "payloads": [b"x"]}
+    with Database(shop.dsn) as database:
+        assert len(database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["SUCCESS"]})) == 1
+        assert database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["FAILURE"]}) == []
+        assert database.fetch("SELECT state FROM patchpilot.chord_part") == [{"state": "SUCCESS"}]
+
+
+def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop: Shop) -> None:
+    chord([chord([add.s(1, 1)], total.s(label="inner")), add.s(2, 2)], total.s(label="outer")).apply_async()
+    with Database(shop.dsn) as database:
+        database.execute(
+            """UPDATE patchpilot.chord SET state = 'failed', finished_at = now()
+               WHERE callback_id IN (SELECT task_id FROM patchpilot.chord_part)"""
+        )
+        asked = {"group_ids": [row["group_id"] for row in database.fetch("SELECT group_id FROM patchpilot.chord")]}
+        assert len(database.fetch(evidence.SQL["around"], asked)) == 1
+        database.execute("UPDATE patchpilot.chord SET publish_error = 'E' WHERE state = 'open'")
+        assert database.fetch(evidence.SQL["around"], asked) == []
+
+
+def test_workers_that_do_not_say_what_they_consume_may_have_anything() -> None:
+    row = {"queue": "celery", "routing_key": "celery", "exchange": ""}
+    assert hands.Hands(places=None).may_have(row)
+    assert hands.Hands(places=frozenset({"celery"})).may_have(row)
+    assert not hands.Hands(places=frozenset({"other"})).may_have(row)
