@@ -36,7 +36,7 @@ class Approve(Step):
             return Reached({"needed": False}, say=f"nothing to approve: {content['what']} is {content['status']}")
         if given := approval(requests, key):
             fact = {"needed": True, **pending, "by": given.by, "at": given.at.isoformat(), "reason": given.reason}
-            return Reached(fact, say=str(given))
+            return Reached(fact, say=f"{given} (plan {key})")
         return NotYet(
             f"waiting for `patchpilot approve --cluster {self._desk.cluster}`: {content['what']}, primary "
             f"{content['primary']} (plan {key})",

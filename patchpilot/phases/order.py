@@ -130,12 +130,26 @@ def settle(asked: Mapping[str, str | None], on_record: Mapping[str, Any] | None,
 def _not_begun(given: dict[str, str], known: Order) -> Order:
     if not given:
         return known if known.plan or known.approve_before else Order()
+    if known.plan and "plan" not in given:
+        return _still_held(given, known)
     asked = _read(given)
     return (
         asked
         if asked.operation is Kind.OBSERVE
         else replace(asked, approve_before=asked.approve_before or known.approve_before)
     )
+
+
+def _still_held(given: dict[str, str], known: Order) -> Order:
+    """A run that is held to a plan stays so: nobody gets past the plan by leaving it out."""
+    others = {name: value for name, value in given.items() if name != "approve_before"}
+    different = [f"{_option(name)} {value}" for name, value in others.items() if getattr(known, name) != value]
+    if different:
+        raise Usage(
+            f"the unfinished run of this cluster is held to plan {known.plan}, and {', '.join(different)} is not part "
+            "of it: give another plan with --plan, or end that run first with `patchpilot stop` and `patchpilot run`"
+        )
+    return replace(known, approve_before=given.get("approve_before") or known.approve_before)
 
 
 def _read(given: Mapping[str, str]) -> Order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,9 +79,15 @@ class TestTakenUp:
         assert settled(self.upgrade, begun=False) == Order()  # a schedule does not take up somebody's upgrade
         assert settled(self.upgrade, begun=False, update="v") == Order(update="v")
 
-    def test_a_plan_stays_good_while_nothing_else_is_asked_for(self) -> None:
+    def test_nobody_gets_past_a_plan_by_leaving_the_option_out(self) -> None:
         assert settled(self.planned, begun=False) == self.planned
-        assert settled(self.planned, begun=False, update="v") == Order(update="v")
+        of_update = replace(self.planned, update="u")
+        assert settled(of_update, begun=False, update="u") == of_update
+        gated = settled(of_update, begun=False, approve_before="trigger")
+        assert (gated.plan, gated.approve_before) == (self.planned.plan, "trigger")
+        with pytest.raises(Usage, match="held to plan .* --update v is not part of it"):
+            settled(of_update, begun=False, update="v")
+        assert settled(of_update, begun=False, plan="1" * 16).plan == "1" * 16
 
     def test_nobody_gets_past_an_approval_by_leaving_the_option_out(self) -> None:
         assert settled(self.gated, begun=False) == self.gated
