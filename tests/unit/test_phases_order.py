@@ -85,7 +85,7 @@ class TestTakenUp:
         assert settled(of_update, begun=False, update="u") == of_update
         gated = settled(of_update, begun=False, approve_before="trigger")
         assert (gated.plan, gated.approve_before) == (self.planned.plan, "trigger")
-        with pytest.raises(Usage, match="held to plan .* --update v is not part of it"):
+        with pytest.raises(Usage, match=r"held to plan .* --update v is not part of it"):
             settled(of_update, begun=False, update="v")
         assert settled(of_update, begun=False, plan="1" * 16).plan == "1" * 16
 
