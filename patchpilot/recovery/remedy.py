@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from celery import Celery
 from celery.exceptions import CeleryError
@@ -198,6 +199,7 @@ class Remedies:
             return
         with app.producer_pool.acquire(block=True) as producer:
             for row in rows:
+                _know_type(producer.channel, row["exchange"])
                 producer.publish(
                     row["body"],
                     exchange=row["exchange"],
@@ -228,6 +230,17 @@ class Remedies:
         columns = {name: [getattr(finding, name) for finding in findings] for name in names}
         if findings:
             connection.execute(SQL["record"], {**columns, "run_id": self._run_id})
+
+
+def _know_type(channel: Any, exchange: str) -> None:
+    """Have a channel match the patterns by which queues are bound to a topic exchange.
+
+    kombu knows the type of what was declared over the same connection only, and takes the rest for direct. In the
+    broker only the bindings of a topic exchange have patterns.
+    """
+    known = not exchange or exchange in channel.state.exchanges
+    if not known and any(pattern for _, pattern, _ in channel.get_table(exchange)):
+        channel.state.exchanges[exchange] = {"type": "topic", "table": []}
 
 
 def _still_wanted(findings: Sequence[Finding], messages: Mapping[str, Message]) -> list[Finding]:
