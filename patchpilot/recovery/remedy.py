@@ -179,7 +179,7 @@ class Remedies:
             return []
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
         with _broker_errors():
-            self._requeue([messages[key] for key in taken if messages[key].tag is not None])
+            self._requeue([(messages[key], row) for key, row in taken.items() if messages[key].tag is not None])
             self._publish([row for key, row in taken.items() if messages[key].tag is None])
         return _distinct(of[key] for key in taken)
 
@@ -212,14 +212,15 @@ class Remedies:
                     **json.loads(row["properties"]),
                 )
 
-    def _requeue(self, abandoned: Sequence[Message]) -> None:
+    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> None:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
         Not what somebody has taken since it was looked at."""
         if not abandoned:
             return
         with self._app_for("json").connection_for_write() as connection:
             channel = connection.default_channel
-            for message in abandoned:
+            for message, row in abandoned:
+                _know_type(channel, row["exchange"])
                 # zscore is none of the commands that kombu puts its prefix before.
                 taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
                 if taken == message.taken:
