@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from celery import Celery
 from celery.exceptions import CeleryError
@@ -178,7 +179,7 @@ class Remedies:
             return []
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
         with _broker_errors():
-            self._requeue([messages[key] for key in taken if messages[key].tag is not None])
+            self._requeue([(messages[key], row) for key, row in taken.items() if messages[key].tag is not None])
             self._publish([row for key, row in taken.items() if messages[key].tag is None], of)
         return _distinct(of[key] for key in taken)
 
@@ -199,6 +200,7 @@ class Remedies:
         with app.producer_pool.acquire(block=True) as producer:
             for row in rows:
                 try:
+                    _know_type(producer.channel, row["exchange"])
                     producer.publish(
                         row["body"],
                         exchange=row["exchange"],
@@ -216,14 +218,15 @@ class Remedies:
                     finding = of[row["message_id"]]
                     self._complain(finding, _explained(finding, error))
 
-    def _requeue(self, abandoned: Sequence[Message]) -> None:
+    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> None:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
         Not what somebody has taken since it was looked at."""
         if not abandoned:
             return
         with self._app_for("json").connection_for_write() as connection:
             channel = connection.default_channel
-            for message in abandoned:
+            for message, row in abandoned:
+                _know_type(channel, row["exchange"])
                 # zscore is none of the commands that kombu puts its prefix before.
                 taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
                 if taken == message.taken:
@@ -234,6 +237,17 @@ class Remedies:
         columns = {name: [getattr(finding, name) for finding in findings] for name in names}
         if findings:
             connection.execute(SQL["record"], {**columns, "run_id": self._run_id})
+
+
+def _know_type(channel: Any, exchange: str) -> None:
+    """Have a channel match the patterns by which queues are bound to a topic exchange.
+
+    kombu knows the type of what was declared over the same connection only, and takes the rest for direct. In the
+    broker only the bindings of a topic exchange have patterns.
+    """
+    known = not exchange or exchange in channel.state.exchanges
+    if not known and any(pattern for _, pattern, _ in channel.get_table(exchange)):
+        channel.state.exchanges[exchange] = {"type": "topic", "table": []}
 
 
 def _still_wanted(findings: Sequence[Finding], messages: Mapping[str, Message]) -> list[Finding]:

@@ -54,9 +54,9 @@ def application(site: Site, serializer: str = "json") -> Celery:
     """The stand-in for applications whose result serialiser is ``serializer``."""
     app = Celery("patchpilot-recovery", set_as_current=False)
     endpoint = _verified(site.endpoint)
-    options: dict[str, Any] = {"fanout_prefix": site.fanout_prefix}
-    if site.key_prefix:
-        options["global_keyprefix"] = site.key_prefix
+    options: dict[str, Any] = {"global_keyprefix": site.key_prefix} if site.key_prefix else {}
+    if site.fanout_prefix is not True:
+        options["fanout_prefix"] = site.fanout_prefix
     app.conf.update(
         broker_url=endpoint,
         broker_transport=TRANSPORT,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import redis
 from celery import chord
+from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import NeedsOperator
@@ -133,6 +134,23 @@ def test_what_changes_hands_while_recovery_looks_is_in_somebody_s(
 
     monkeypatch.setattr(evidence, "ask", meanwhile)
     assert recovery.survey(NOW) == ()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_topic_exchange_that_another_process_declared_is_known_by_its_bindings(
+    shop: Shop, broker: redis.Redis, *, taken: bool
+) -> None:
+    news = Queue("news", Exchange("papers", type="topic"), routing_key="news.#")
+    task = add.apply_async((1, 1), queue=news, routing_key="news.today").id
+    [raw] = broker.lrange("news", 0, -1)
+    broker.delete("news")
+    if taken:
+        broker.hset("unacked", "tag", json.dumps([json.loads(raw), "papers", "news.today"]))
+        broker.zadd("unacked_index", {"tag": SYSTEM.now().timestamp()})
+    # With other options, which mean the same, no connection is shared with the application of this process.
+    with Recovery(Site(shop.broker, shop.dsn, fanout_prefix="/{db}.")) as other:
+        assert [it.id for it in other.recover(NOW)] == [task]
+    assert [json.loads(it)["headers"]["id"] for it in broker.lrange("news", 0, -1)] == [task]
 
 
 def test_a_part_is_recorded_once(shop: Shop) -> None:
