@@ -64,6 +64,7 @@ DATABASES = json.loads(os.environ["PROJ_DATABASES"])
 CELERY_BROKER_URL = os.environ["PROJ_BROKER"]
 CELERY_RESULT_BACKEND = f"patchpilot+{CELERY_BROKER_URL}"
 CELERY_PATCHPILOT_POSTGRES = patchpilot.contrib.django.dsn
+CELERY_PATCHPILOT_RECOVERY_DEAD_AFTER = 5  # a worker that a test has killed is not waited for
 globals().update(json.loads(os.environ.get("PROJ_SETTINGS", "{}")))
 """,
 }

@@ -62,7 +62,7 @@ def test_every_metric_and_every_event_is_documented() -> None:
 
     page = (ROOT / "docs" / "recovery.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"`(patchpilot_recovery_\w+?)(?:_total)?[`{]", page)) - {
-        "patchpilot_recovery_min_age", "patchpilot_recovery_every",
+        "patchpilot_recovery_min_age", "patchpilot_recovery_every", "patchpilot_recovery_dead_after",
     }  # fmt: skip
     assert documented == {metric.name for metric in Metrics().registry.collect()}
     events = set(re.findall(r'"event": "([\w ]+)"', Path(watch.__file__).read_text(encoding="utf-8")))

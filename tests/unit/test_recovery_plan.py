@@ -82,6 +82,18 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, spoil: Callable[[dict[str, A
         read(tmp_path / "plan")
 
 
+def test_an_id_that_cannot_be_printed_is_refused_though_its_digest_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding("chord", "\ud800", "dispatch-lost", Remedy.DISPATCH_CALLBACK, "lost")
+    with monkeypatch.context() as patch:
+        patch.setattr("patchpilot.recovery.plan._texts", list)
+        content = as_data([finding], WINDOW)
+    (tmp_path / "plan").write_text(json.dumps(content))
+    with pytest.raises(Usage, match="is no plan"):
+        read(tmp_path / "plan")
+
+
 def test_a_file_that_only_opens_brackets_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan").write_text("[" * 100_000)
     with pytest.raises(Usage, match="is no plan"):

@@ -67,6 +67,11 @@ def test_a_callback_of_several_tasks_has_run_when_all_have_ended() -> None:
     assert over(("a", "b"), [start("b", finished=True)], first) == "its callback has run: SUCCESS"
 
 
+def test_a_task_that_waits_for_a_retry_has_not_ended() -> None:
+    said = under_way(("a", "b"), [message("a", "1/0")], [start("a", finished=True)], [])
+    assert said == "its callback waits for a retry, in queue q"
+
+
 def test_what_was_revoked_has_not_run() -> None:
     assert over(("a",), [], [result("a", "REVOKED")]) == "its callback has not run: it had expired, or was revoked"
     assert over(("a",), [start("a")], [result("a", "REVOKED")]) == "its callback began and was revoked"
