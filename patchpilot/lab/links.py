@@ -125,6 +125,8 @@ class Link:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.sleep(0)
+        for side in tuple(self._sides):  # made while the tasks were being cancelled
+            side.transport.abort()
 
     async def _freeze(self, *, frozen: bool) -> None:
         if frozen:

@@ -160,6 +160,8 @@ def test_every_boundary(tmp_path: Path, calm: Substance, stale: float) -> None:
     assert {f"{phase.name}/{step.name}" for phase, step in plan.steps()} < {death.split(" in ")[1] for death in died}
 
 
+@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_boundary_on_postgresql(tmp_path: Path, migrated: str, calm: Substance) -> None:
     count = brief(tmp_path / "calm").run().written
     with closing(Database(migrated)) as database:
@@ -206,6 +208,8 @@ def reopen_on(database: Database, cluster: str, rehearsal: Rehearsal) -> RunJour
     return journal
 
 
+@pytest.mark.slow
+@pytest.mark.matrix
 def test_pairs_of_crashes(tmp_path: Path, calm: Substance) -> None:
     """A crash anywhere, then one at each of the first entries of the process that takes the run up, then a third."""
     stale = SETTLE - 20

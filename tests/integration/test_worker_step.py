@@ -21,7 +21,11 @@ from tests.conftest import shop_on
 from tests.support.processes import Shop
 from tests.support.shop import add, hold, total
 
-pytestmark = pytest.mark.backend
+pytestmark = [
+    pytest.mark.backend,
+    # asyncio (Python 3.11) forgets a transport that it makes in the moment in which its link is stopped.
+    pytest.mark.filterwarnings("ignore:.*_SelectorTransport:pytest.PytestUnraisableExceptionWarning"),
+]
 
 RECOVERS = {"SHOP_RECOVER": "1", "SHOP_SETTINGS": json.dumps({"patchpilot_recovery_min_age": 2})}
 WAIT = 60
