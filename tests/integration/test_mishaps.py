@@ -10,6 +10,7 @@ import pytest
 from celery import chord
 from celery.app.task import Context
 from celery.exceptions import Ignore, Reject
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from patchpilot.backend import fence as fences
 from patchpilot.backend.config import FOLLOWS, MESSAGE_ID
@@ -155,3 +156,13 @@ def test_a_success_stays_one(shop: Shop) -> None:
     app.backend.store_result("t", 4, "SUCCESS")
     app.backend.store_result("t", ValueError("late"), "FAILURE")
     assert app.AsyncResult("t").get(timeout=5) == 4
+
+
+def test_what_a_closed_connection_is_asked_for_is_a_lost_connection(shop: Shop) -> None:
+    """An acknowledgement that comes after a reconnect has closed its connection: Celery logs that, and goes on."""
+    with app.connection_for_write() as connection:
+        channel = connection.channel()
+        transport, channel.connection.client = channel.connection, None
+        with pytest.raises(RedisConnectionError, match="was closed"):
+            channel._connparams()
+        transport.client = connection
