@@ -121,6 +121,8 @@ def test_a_blocked_pool_takes_no_canary_and_a_hung_worker_does_not_answer(
     hold.s(1, str(gate)).apply_async()
     hold.s(2, str(gate)).apply_async(queue="solo")
     shop.await_line("hold began", count=2)
+    # The pool of processes acknowledges a moment later; the hung worker does when it turns to its loop again.
+    until(lambda: "1 unacked" in keys(broker), seconds=30, what="the blocked worker acknowledged its task")
     before = keys(broker), rows(database)
 
     found = by_name(workers)
