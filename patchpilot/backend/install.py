@@ -12,6 +12,8 @@ from patchpilot.backend.config import mask
 
 TRANSPORT = "patchpilot.transport:Transport"
 
+LISTENING = "patchpilot.backend.children:Listening"
+
 RECOVERING = "patchpilot.recovery.step:Recovering"
 """By name: it is above this package, and only a worker that is asked to recover has to load it."""
 
@@ -52,6 +54,7 @@ def install(app: Celery, *, recover: bool = False) -> None:
     app.on_after_finalize.connect(complete, weak=False)
     if app.configured:
         complete()
+    app.steps["consumer"].add(LISTENING)
     if recover:
         app.steps["consumer"].add(RECOVERING)
     _load_backend_first(app)

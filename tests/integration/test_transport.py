@@ -25,7 +25,7 @@ from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import ValkeyNode
 from tests.conftest import forget_connections, shop_on
 from tests.support.processes import Shop, Worker
-from tests.support.shop import add, app, hold, quiet, relay
+from tests.support.shop import add, app, hold, quiet, relay, seems_dead
 from tests.support.tls import TlsFront
 
 # The user's own settings: what is waited for below passes quickly.
@@ -192,6 +192,15 @@ def test_an_acknowledgement_that_fails_does_not_stop_the_worker(away: Shop, repl
     gate.touch()
     until(lambda: "Couldn't ack" in worker.output(), seconds=60, what="the acknowledgement failed")
     replicated.link.retarget(new.address)
+    carries_on(away, worker, "after")
+
+
+def test_a_pool_process_that_dies_as_the_connection_does(away: Shop, replicated: ReplicaSet) -> None:
+    """It has let go of its pipe and is not gone yet: Celery listens to it no more, but counts it as one of its own."""
+    worker = away.worker("-c", "1")
+    seems_dead.delay()
+    away.await_line("let go")
+    replicated.failover(Windows(write_loss=0.05, endpoint_lag=0.5))
     carries_on(away, worker, "after")
 
 

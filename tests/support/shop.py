@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def hold(value: Any, gate: str, label: str = "hold") -> Any:
         SYSTEM.wait(threading.Event(), 0.02)
     write(f"{label} ended")
     return value
+
+
+@app.task
+def seems_dead() -> None:
+    """Close the pipe that tells the worker of this process's death, as its death would do a moment before its end."""
+    frame = sys._getframe()
+    while "child_w" not in frame.f_locals:  # where billiard began this process
+        frame = frame.f_back  # type: ignore[assignment]
+    os.close(frame.f_locals["child_w"])
+    write("let go")
 
 
 @app.task(bind=True, max_retries=3)
