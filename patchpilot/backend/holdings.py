@@ -51,7 +51,7 @@ def _held(state: Any, message_ids: Iterable[str] = (), task_ids: Iterable[str] =
     return {
         "instance": INSTANCE,
         "held": sorted(held & asked),
-        "began": {key: now - running[key] for key in asked & running.keys() if running[key]},
+        "began": {key: now - at for key, at in running.items() if key in asked and at is not None},
         "active": sorted(tasks.intersection(request.id for request in worker.active_requests)),
         "revoked": sorted(task_id for task_id in tasks if task_id in worker.revoked),
         "unread": not whole,
