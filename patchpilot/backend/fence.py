@@ -135,12 +135,13 @@ class Fence:
         start = Start(str(request.id), attempt_of(vars(request)), scope, str(uuid4()))
         if self._start(start):
             return start
+        on_record = self._is_on_record(request)  # before the look: an execution that ends takes the message off it
         rows = self._database.fetch(SQL["look"], start.row())
         if rows and not rows[0]["finished"] and _is_gone(rows[0]["worker"]) and self._start(start, rows[0]["worker"]):
             logger.warning("%s[%s] runs again: its process died", request.task, request.id)
             return start
         if rows and not rows[0]["finished"]:
-            if not self._is_on_record(request):
+            if not on_record:
                 # Nothing would bring it back should the other execution die: so it waits in its queue.
                 SYSTEM.sleep(ASIDE)
                 raise Reject(f"{request.id} runs elsewhere", requeue=True)

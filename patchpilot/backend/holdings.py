@@ -20,6 +20,7 @@ from kombu.utils.eventio import READ, poll
 
 from patchpilot.backend.config import MESSAGE_ID
 from patchpilot.backend.fence import INSTANCE
+from patchpilot.clock import SYSTEM
 
 COMMAND = "patchpilot_held"
 """The remote control command: which of these messages does this worker hold?"""
@@ -36,17 +37,21 @@ def install() -> None:
 def _held(state: Any, message_ids: Iterable[str] = (), task_ids: Iterable[str] = (), **_: Any) -> dict[str, Any]:
     """Answer the command: this worker instance, and those of ``message_ids`` that it holds.
 
-    Of the tasks ``task_ids`` also those that are running here, and those that it knows to be revoked. ``unread``: it
-    has been sent something that nobody has read yet, and that it cannot look into.
+    Of the tasks ``task_ids`` also those that are running here, and those that it knows to be revoked. ``began``: how
+    many seconds ago it began with those that are being run. ``unread``: it has been sent something that nobody has read
+    yet, and that it cannot look into.
     """
     from celery.worker import state as worker
 
     asked, tasks = set(message_ids), set(task_ids)
     unread, whole = _unread(state.consumer)
-    held = {*_delivered(state.consumer), *_running(), *_within(unread, asked)}
+    running = dict(_running())
+    held = {*_delivered(state.consumer), *running, *_within(unread, asked)}
+    now = SYSTEM.now().timestamp()
     return {
         "instance": INSTANCE,
         "held": sorted(held & asked),
+        "began": {key: now - at for key, at in running.items() if key in asked and at is not None},
         "active": sorted(tasks.intersection(request.id for request in worker.active_requests)),
         "revoked": sorted(task_id for task_id in tasks if task_id in worker.revoked),
         "unread": not whole,
@@ -62,12 +67,13 @@ def _delivered(consumer: Any) -> Iterable[str]:
             yield found
 
 
-def _running() -> Iterable[str]:
+def _running() -> Iterable[tuple[str, float | None]]:
+    """What is being run or is about to be, and since when, by this machine's clock."""
     from celery.worker import state
 
-    for request in (*state.active_requests, *state.reserved_requests):
+    for request in (*state.reserved_requests, *state.active_requests):
         if found := request.request_dict.get(MESSAGE_ID):
-            yield found
+            yield found, request.time_start
 
 
 PEEK = 1 << 20

@@ -9,6 +9,7 @@ from celery import Celery
 
 from patchpilot.backend import sockets
 from patchpilot.backend.config import mask
+from patchpilot.backend.versions import check_celery
 
 TRANSPORT = "patchpilot.transport:Transport"
 
@@ -42,7 +43,11 @@ _UNSET = object()
 
 
 def install(app: Celery, *, recover: bool = False) -> None:
-    """Set ``app`` up now if it is configured, and whenever its configuration is loaded."""
+    """Set ``app`` up now if it is configured, and whenever its configuration is loaded.
+
+    :raises ImproperlyConfigured: under a Celery that is not supported.
+    """
+    check_celery()
 
     def complete(**_: Any) -> None:
         mask(app.conf)

@@ -158,21 +158,24 @@ class Collector:
         chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
         rows = self._database.fetch(SQL["messages"], span)
         at_the_end = self._at_the_end(chords)
+        looked_at = self._clock.monotonic()
         first = self._holdings(rows)
         unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
         if not unseen and not at_the_end:
             return Evidence(chords, tuple(_message(row, _settled(row)) for row in rows))
         hands = self._ask(unseen, at_the_end, names)
-        messages = self._locate(rows, unseen, first, hands, assume_lost)
+        begun = {key for key, age in hands.began.items() if age <= self._clock.monotonic() - looked_at}
+        messages = self._locate(rows, unseen, first, hands, begun, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
         return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached)
 
     def _locate(
-        self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, assume_lost: bool
+        self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, begun: set[str], assume_lost: bool
     ) -> tuple[Message, ...]:
         second = self._holdings(rows) if unseen else first
         still = self._still_there(unseen) if unseen else set()
-        pushing = {_dispatch(row) for row in unseen if _appeared(row["message_id"], first, second, hands)}
+        appeared = {*second.queued, *second.unacked, *begun} - {*first.queued, *first.unacked}
+        pushing = {_dispatch(row) for row in unseen if row["message_id"] in appeared}
         found = []
         for row in rows:
             key = row["message_id"]
@@ -222,12 +225,6 @@ class Collector:
 def _dispatch(row: Row) -> tuple[Any, ...]:
     """What was written down at once was sent by one process, one after the other."""
     return row["group_id"] or row["message_id"], row["sent_at"], row["resends"]
-
-
-def _appeared(message_id: str, first: Holdings, second: Holdings, hands: Hands) -> bool:
-    """Whether a message that was nowhere in the first look is somewhere in the second."""
-    before = message_id in first.queued or message_id in first.unacked
-    return not before and (message_id in second.queued or message_id in second.unacked or message_id in hands.messages)
 
 
 def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, assume_lost: bool) -> bool:

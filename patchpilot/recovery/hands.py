@@ -8,7 +8,7 @@ consumes, nothing can be called lost.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from patchpilot.backend.holdings import COMMAND
@@ -24,6 +24,8 @@ class Hands:
 
     messages: frozenset[str] = frozenset()
     """Ids of messages that one of them has."""
+    began: Mapping[str, float] = field(default_factory=dict)
+    """How many seconds before it answered one of them had begun with a message."""
     tasks: frozenset[str] = frozenset()
     """Ids of tasks that one without patchpilot has."""
     active: frozenset[str] = frozenset()
@@ -79,6 +81,7 @@ def ask(asking: Asking, message_ids: Collection[str], task_ids: Collection[str])
     tasks, revoked, places = _others(asking, answers.puzzled) if answers.puzzled else (set(), set(), frozenset())
     return Hands(
         messages=_all(ours, "held"),
+        began={key: age for answer in ours for key, age in answer.get("began", {}).items()},
         tasks=frozenset(tasks),
         active=_all(ours, "active") | tasks,
         revoked=_all(ours, "revoked") | revoked,

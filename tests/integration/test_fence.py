@@ -6,12 +6,16 @@ import json
 import os
 import signal
 from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import redis
 from celery import chain, chord
+from celery.exceptions import Ignore
 
+from patchpilot.backend.config import MESSAGE_ID, FenceMode
+from patchpilot.backend.fence import Fence
 from patchpilot.backend.message import Part
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -59,6 +63,27 @@ def test_a_second_delivery_while_it_runs_does_not_run_and_loses_nothing(shop: Sh
     gate.touch()
     assert result.get(timeout=30) == [2]
     assert shop.ledger().count("hold began") == 1
+
+
+def test_a_second_delivery_is_a_repetition_also_if_the_first_one_ends_just_then(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end takes the message off the record. One that was never on it would wait in its queue."""
+    task_id, asked, told = add.delay(1, 1).id, Fence._is_on_record, []
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT message_id::text FROM patchpilot.outbox")
+        fence = Fence(app, database, FenceMode.ALL, timedelta(minutes=1), told.append)
+        request = SimpleNamespace(id=task_id, task=add.name, **{MESSAGE_ID: row["message_id"]})
+        first = fence._begin(request, "scope")
+
+        def ends_just_then(self: Fence, asking: object) -> bool:
+            self.end(first, row["message_id"])
+            return asked(self, asking)
+
+        monkeypatch.setattr(Fence, "_is_on_record", ends_just_then)
+        with pytest.raises(Ignore):
+            fence._begin(request, "scope")
+    assert told == [request]
 
 
 def test_a_callback_whose_pool_process_was_killed_runs_again(shop: Shop) -> None:

@@ -139,6 +139,42 @@ def test_a_header_that_is_being_pushed_is_left_to_its_producer(shop: Shop, recov
     assert len([line for line in shop.ledger() if line.startswith("add ")]) == 100
 
 
+def test_a_header_that_is_being_pushed_to_workers_that_take_it_at_once_is_left_to_its_producer(
+    shop: Shop, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pushed while recovery looks is with a worker before it looks again, and acknowledged."""
+    went_on = threading.Semaphore(0)
+    push, ask = Message.push, Asking.ask
+
+    def step_by_step(self: Message, producer: object) -> None:
+        went_on.acquire(timeout=30)
+        push(self, producer)
+
+    def after_a_step(self: Asking, *args: object, **options: object) -> object:
+        went_on.release()
+        shop.await_line("second began")
+        return ask(self, *args, **options)  # type: ignore[arg-type]
+
+    gate = shop.directory / "gate"
+    labels = ("first", "second", "third", "fourth")
+    shop.worker("-c", "4")
+    header = chord([hold.s(1, str(gate), label=label) for label in labels], total.s())
+    with monkeypatch.context() as patch:
+        patch.setattr(Message, "push", step_by_step)
+        producing = threading.Thread(target=header.apply_async)
+        producing.start()
+        went_on.release()
+        shop.await_line("first began")
+        patch.setattr(Asking, "ask", after_a_step)
+        found = recovery.recover(NOW)
+        went_on.release(2)
+        producing.join()
+    gate.touch()
+    shop.await_line("total 4")
+    assert found == ()
+    assert [shop.ledger().count(f"{label} began") for label in labels] == [1] * 4
+
+
 def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(
     lab_roster: Roster, tmp_path: Path, migrated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

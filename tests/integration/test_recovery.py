@@ -112,9 +112,28 @@ def test_a_lost_header_message(shop: Shop, recovery: Recovery, broker: redis.Red
     found = only(recovery.survey(NOW))
     assert (found.kind, found.id, found.diagnosis) == ("chord", result.parent.id, "header-message-lost")
     shop.worker()
+    # While the worker takes the others, their producer could still be at it.
+    until(lambda: len(shop.ledger()) == 3, seconds=30, what="the others had run")
     assert only(recovery.recover(NOW)).diagnosis == "header-message-lost"
     assert result.get(timeout=30) == 12
     assert sorted(shop.ledger()) == ["add 0 0", "add 1 1", "add 2 2", "add 3 3", "total 12"]
+
+
+def test_a_header_message_that_is_lost_while_another_part_runs(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """What runs was acknowledged early: it is not with the broker, and says nothing of whether the rest is pushed."""
+    gate = shop.directory / "gate"
+    result = chord([hold.s(1, str(gate)), add.s(2, 2)], total.s()).apply_async()
+    lose(broker, "celery", result.parent.results[1].id)
+    shop.worker()
+    shop.await_line("hold began")
+    await_stuck(recovery)
+    assert only(recovery.recover(NOW)).diagnosis == "header-message-lost"
+    shop.await_line("add 2 2")
+    gate.touch()
+    assert result.get(timeout=30) == 5
+    assert sorted(shop.ledger()) == ["add 2 2", "hold began", "hold ended", "total 5"]
 
 
 def test_a_lost_callback_message(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:

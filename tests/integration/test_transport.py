@@ -232,7 +232,7 @@ def test_a_connection_that_is_given_up_leaves_no_socket_open(replicated: Replica
         old, _ = demote(replicated)
         assert clients(old)
         connection.collect()
-        assert clients(old) == []
+        until(lambda: clients(old) == [], seconds=60, what="the node had seen them go")
 
 
 @pytest.mark.slow

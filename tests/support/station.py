@@ -26,6 +26,10 @@ LEFT_OVER = {
     "open chords": "SELECT group_id FROM patchpilot.chord WHERE state IN ('open', 'claimed')",
 }
 
+# Chords that are over stay on record. Celery reports a hard time limit twice, and the second part may return when the
+# test is over; of a chord on no record the backend believes that Celery's own opened it, and counts as that does.
+CLEAR = ("DELETE FROM patchpilot.outbox", "DELETE FROM patchpilot.chord WHERE state IN ('open', 'claimed')")
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -107,8 +111,8 @@ class Station:
         """One case that fails must not fail all that follow."""
         for key in self.broker.keys("*celery-taskset-meta-*"):
             self.broker.delete(key)
-        self.database.execute("DELETE FROM patchpilot.outbox")
-        self.database.execute("DELETE FROM patchpilot.chord")
+        for sql in CLEAR:
+            self.database.execute(sql)  # type: ignore[arg-type]
 
 
 class Stations:

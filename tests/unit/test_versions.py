@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 
 import celery
 import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
+import patchpilot
 from patchpilot.backend.versions import SUPPORTED, check_celery
 from tests.matrix.__main__ import CELERYS, PYTHONS
 from tests.matrix.cell import ROOT
@@ -25,13 +27,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(celery, "__version__", version)
 
 
+def without_install(app: Celery) -> None:
+    _ = app.backend
+
+
+@pytest.mark.parametrize("use", [without_install, patchpilot.install])
 @pytest.mark.parametrize("version", ["4.4.7", "5.3.6", "5.8.0", "6.0.0"])
-def test_a_backend_under_another_celery_is_refused_in_one_line(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_celery_is_refused_in_one_line(
+    version: str, use: Callable[[Celery], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = Celery("elsewhere", backend="patchpilot+redis://127.0.0.1:1/0", set_as_current=False)
     app.conf.patchpilot_postgres = "postgresql://127.0.0.1:1/x"
     pretend(monkeypatch, version)
     with pytest.raises(ImproperlyConfigured) as refused:
-        _ = app.backend
+        use(app)
     assert str(refused.value) == (
         f"patchpilot supports Celery >=5.4,<5.8, and this is Celery {version}: install one of those"
     )
