@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -132,3 +133,28 @@ def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable,
     assert result.get(timeout=WAIT) == 5
     assert note.delay(1).get(timeout=WAIT) == 1
     assert part.state == "SUCCESS"
+
+
+def test_in_shadow_mode_the_application_notices_nothing(
+    hasty: Shop, postgres: Freezable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither who publishes, and whose records wait for as long as the server stands still; nor the worker, which drops
+    its own, and says so."""
+    monkeypatch.setitem(app.conf, "patchpilot_mode", "shadow")
+    monkeypatch.setitem(app.conf, "patchpilot_postgres_timeout", 600)
+    worker = hasty.worker("-c", "1", SHOP_MODE="shadow", SHOP_SETTINGS=json.dumps(HASTY))
+    assert note.delay(0).get(timeout=WAIT) == 0
+    backend = app.backend
+    backend.recorder.flush(WAIT)
+    with postgres.frozen(), ThreadPoolExecutor(1) as threads:
+        publishing = threads.submit(lambda: [note.delay(number) for number in range(40)])
+        until(publishing.done, seconds=WAIT, what="forty messages were published")
+        assert [result.get(timeout=WAIT) for result in publishing.result()] == list(range(40))
+        until(lambda: "records dropped so far" in worker.output(), seconds=WAIT, what="the worker said so")
+        assert backend.recorder._waiting.unfinished_tasks > 0
+    with Database(hasty.dsn) as database:
+        backend.recorder.flush(WAIT)
+        assert backend.recorder.dropped == 0
+        recorded = "SELECT count(*) FROM patchpilot.outbox WHERE shadow AND task_name = %s"
+        assert database.fetch(recorded, [note.name])[0]["count"] > 0  # their ends, the worker had dropped
+    assert worker.process.poll() is None
