@@ -1,8 +1,8 @@
 """Storing callbacks: whether a chord's callback survives being written down, found out when the chord is sent.
 
-A callback is a canvas: many messages may come of it, each with a serialiser of its own. The record takes all of it in the
-one that can store the most; but a message that goes out in JSON must carry everything that follows it, whatever that is
-sent in itself.
+A callback is a canvas: many messages may come of it, each with a serialiser of its own. The record takes all of it in
+the one that can store the most; but a message that goes out in JSON must carry everything that follows it, however that
+is sent itself.
 """
 
 from __future__ import annotations
