@@ -135,6 +135,21 @@ def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable,
     assert part.state == "SUCCESS"
 
 
+def test_a_worker_that_shuts_down_does_not_wait_for_it(hasty: Shop, postgres: Freezable) -> None:
+    """It says that it is gone; but if nobody listens, it goes all the same."""
+    settings = json.dumps({"patchpilot_postgres_timeout": 600})
+    workers = [hasty.worker("-c", "1", SHOP_SETTINGS=settings) for _ in range(2)]
+    alive = "SELECT FROM patchpilot.worker"
+    with Database(hasty.dsn) as database:
+        until(lambda: len(database.fetch(alive)) == 2, seconds=WAIT, what="both gave a sign of life")
+        workers[0].process.terminate()
+        until(lambda: len(database.fetch(alive)) == 1, seconds=WAIT, what="one said that it is gone")
+        with postgres.frozen():
+            workers[1].process.terminate()
+            until(lambda: workers[1].process.poll() is not None, seconds=WAIT, what="the other one was gone")
+        assert len(database.fetch(alive)) == 1
+
+
 def test_in_shadow_mode_the_application_notices_nothing(
     hasty: Shop, postgres: Freezable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
