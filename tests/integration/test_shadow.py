@@ -109,15 +109,31 @@ def test_without_postgresql_the_application_notices_nothing(
         assert worker.process.poll() is None
 
 
+# Its records are slow, and none is written before it ends.
 SCRIPT = """
+import atexit, threading
 from patchpilot.backend.shadow import Recorder
+from patchpilot.clock import SYSTEM
+from patchpilot.postgres.connection import Database
+
+run, ending = Database.run, threading.Event()
+
+def slowly(*arguments):
+    ending.wait()
+    SYSTEM.sleep(0.3)
+    run(*arguments)
+
+Database.run = slowly
 Recorder.flush.__defaults__ = (60.0,)  # two seconds are long, but not on every machine
+
 from tests.support.shop import add
-for number in range(20):
+
+for number in range(3):
     add.delay(number, number)
+atexit.register(ending.set)
 """
 
 
 def test_a_script_that_ends_at_once_has_written_its_records(shadow: None, shop: Shop) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env={**os.environ, **shop.environment}, check=True)
-    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(20,)]
+    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(3,)]
