@@ -30,6 +30,9 @@ BROKER = "patchpilot_broker"
 FOLLOWS = "patchpilot_follows"
 """Message header: the message of the task before this one in a chain, or that links to it. Its start is fenced."""
 
+ORIGIN = "patchpilot_origin"
+"""Message header: the message by which a task began that has retried or replaced itself since."""
+
 CANARY = "patchpilot.canary"
 """The canary task's name, and what the names of its queues and chords begin with. Its messages are not recorded."""
 
