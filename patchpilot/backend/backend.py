@@ -66,7 +66,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.config = Config.of(self.app)
         self.connection_errors: tuple[type[Exception], ...] = (*self.connection_errors, ReadOnlyError)
         self.database = database(
-            self.config.dsn, budget=self.config.postgres_budget, prepare=self.config.prepared_statements
+            self.config.dsn,
+            budget=self.config.postgres_budget,
+            patience=self.config.patience,
+            prepare=self.config.prepared_statements,
         )
         self.outbox = Outbox(self.app, self.database, self.config.journal)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)

@@ -26,7 +26,7 @@ from patchpilot.backend.finishing import ResultCodec
 from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.routes import routes
-from patchpilot.backend.storing import Stored, serializer_of, store
+from patchpilot.backend.storing import Stored, stored
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
 
@@ -95,8 +95,8 @@ class Chords:
         :raises EncodeError: if the callback cannot be stored unchanged, and the configuration is strict.
         """
         of_tasks = routes(self._app, callback)
-        stored = store(callback, serializer_of(of_tasks, callback, self._app.conf.task_serializer))
-        self._check(callback.name, group_id, stored)
+        record = stored(callback, of_tasks, self._app.conf.task_serializer)
+        self._check(callback.name, group_id, record)
         generating = isinstance(header, _regen)
         if generating:
             _generated[group_id] = True
@@ -105,10 +105,10 @@ class Chords:
             "group_id": group_id,
             "callback_id": str(callback.options.get("task_id") or group_id),
             "callback_name": callback.name,
-            "callback": stored.payload,
-            "callback_type": stored.content_type,
-            "callback_encoding": stored.encoding,
-            "unrecoverable": stored.flaw if stored.payload is None else None,
+            "callback": record.payload,
+            "callback_type": record.content_type,
+            "callback_encoding": record.encoding,
+            "unrecoverable": record.flaw if record.payload is None else None,
             "routes": Jsonb(of_tasks),
             "result_serializer": self._codec.serializer,
             "structure": _structure(known),

@@ -30,8 +30,14 @@ BROKER = "patchpilot_broker"
 FOLLOWS = "patchpilot_follows"
 """Message header: the message of the task before this one in a chain, or that links to it. Its start is fenced."""
 
+ORIGIN = "patchpilot_origin"
+"""Message header: the message by which a task began that has retried or replaced itself since."""
+
 CANARY = "patchpilot.canary"
 """The canary task's name, and what the names of its queues and chords begin with. Its messages are not recorded."""
+
+LEAST_PATIENCE = 5.0
+"""Seconds for which an answer of PostgreSQL is waited for at least, unless somebody says otherwise."""
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
@@ -134,6 +140,13 @@ class Config:
     """Seconds for which counting a part is retried before the chord is left to recovery."""
     postgres_budget: float = 60.0
     """Seconds for which PostgreSQL may be away before a worker or a producer hears of it."""
+    postgres_timeout: float | None = None
+    """Seconds without an answer after which PostgreSQL counts as away; None for as long as the budget."""
+
+    @property
+    def patience(self) -> float:
+        """``postgres_timeout``, or what stands for it: a budget may be too short for any statement."""
+        return max(self.postgres_budget, LEAST_PATIENCE) if self.postgres_timeout is None else self.postgres_timeout
 
     @classmethod
     def of(cls, app: Celery, dsn: str | None = None) -> Config:
@@ -160,6 +173,7 @@ class Config:
             recovery_dead_after=_read(app, "patchpilot_recovery_dead_after", _span, cls.recovery_dead_after),
             valkey_budget=_read(app, "patchpilot_valkey_budget", _seconds, cls.valkey_budget),
             postgres_budget=_read(app, "patchpilot_postgres_budget", _seconds, cls.postgres_budget),
+            postgres_timeout=_read(app, "patchpilot_postgres_timeout", _some_seconds, None),
         )
 
 
@@ -228,6 +242,12 @@ def _seconds(value: Any) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
     if seconds < 0:
         raise ValueError("it may not be negative")
+    return seconds
+
+
+def _some_seconds(value: Any) -> float:
+    if not (seconds := _seconds(value)):
+        raise ValueError("it has to be more than 0")
     return seconds
 
 

@@ -9,7 +9,7 @@ the callback has ended, so recovery delivers it again should its runner die.
 A task id alone does not name an execution: a frozen signature that is applied again has the same one. What does is the
 task id within a scope. For a callback that is its chord; for what follows another task (the next one of its chain, a
 link) it is the message of that task, because should it run twice, both runs publish what follows; for everything else
-it is the message itself.
+it is the message itself. A retry or a replacement belongs to what the task before it belonged to.
 
 The fence sits around ``Task.run``, where raising ``Ignore`` ends a task without a result and without an error.
 """
@@ -32,7 +32,7 @@ from celery.utils.log import get_logger
 from celery.utils.nodenames import gethostname
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
-from patchpilot.backend.message import attempt_of, following, scope_of
+from patchpilot.backend.message import attempt_of, following, name_links, scope_of
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
@@ -107,6 +107,7 @@ class Fence:
         @wraps(run)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             request = task.request
+            name_links(request)
             request.patchpilot_following = following(request)
             scope = self._scope(request)
             if scope is None or request.called_directly or getattr(request, "patchpilot_start", None):

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
-from uuid import uuid4
+from uuid import NAMESPACE_OID, uuid4, uuid5
 
 from celery._state import get_current_worker_task
 from celery.app import amqp
 from kombu.serialization import dumps
 from kombu.utils import json
 
-from patchpilot.backend.config import CALLBACK_OF, CANARY, FOLLOWS, MESSAGE_ID
+from patchpilot.backend.config import CALLBACK_OF, CANARY, FOLLOWS, MESSAGE_ID, ORIGIN
 
 # Options of Producer.publish that steer this publish and are not part of the message.
 _STEERING = frozenset({
@@ -130,7 +130,7 @@ def prepare(
     headers = options["headers"]
     message_id = message_id or str(uuid4())
     if headers["task"] != CANARY:
-        headers.update(_marks(headers["id"], message_id, callback_of))
+        headers.update(_marks(headers, message_id, callback_of))
     content_type, encoding, payload = dumps(body, serializer=options.pop("serializer", None))
     if _is_retried_by_celery():
         options["retry"] = True  # once it is held back, or on record, nobody else would
@@ -146,12 +146,35 @@ def prepare(
     )
 
 
-def _marks(task_id: str, message_id: str, callback_of: str | None) -> dict[str, str]:
+def _marks(headers: Mapping[str, Any], message_id: str, callback_of: str | None) -> dict[str, str]:
     """The headers that make a message ours: by them its end is recorded, and its start is fenced."""
     if callback_of is not None:
         return {MESSAGE_ID: message_id, CALLBACK_OF: callback_of}
-    before = _before(task_id)
-    return {MESSAGE_ID: message_id} if before is None else {MESSAGE_ID: message_id, FOLLOWS: before}
+    task = get_current_worker_task()
+    marks = {} if task is None else _continued(headers, task.request) or _followed(headers["id"], task.request)
+    return {**marks, MESSAGE_ID: message_id}
+
+
+def _continued(headers: Mapping[str, Any], request: Any) -> dict[str, str]:
+    """What the message of a retry or a replacement takes over from the task that runs here and now."""
+    retried = headers["id"] == request.id and (headers.get("retries") or 0) > (request.retries or 0)
+    nesting, current = headers.get("replaced_task_nesting") or 0, request.get("replaced_task_nesting") or 0
+    # A group in place of a task is a new chord, and a header task of that is no callback.
+    replaced = nesting > current and headers.get("group") == request.group
+    if not (retried or replaced):
+        return {}
+    taken = {ORIGIN: origin(request), **{name: request.get(name) for name in (CALLBACK_OF, FOLLOWS)}}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def _followed(task_id: str, request: Any) -> dict[str, str]:
+    """Which message the task of a message follows, if that is next in the chain of the one that runs here, or its link.
+
+    Should that one run a second time, it will publish the same task id once more, even if it has retried since.
+    """
+    noted = request.get("patchpilot_following")
+    follows = task_id in (following(request) if noted is None else noted)
+    return {FOLLOWS: origin(request) or str(request.id)} if follows else {}
 
 
 def _is_retried_by_celery() -> bool:
@@ -160,27 +183,35 @@ def _is_retried_by_celery() -> bool:
     return retrying is not None and bool(retrying.get())
 
 
-def _before(task_id: str) -> str | None:
-    """The message of the task that runs here and now, if ``task_id`` is what follows it: in its chain, or linked to it.
+def origin(request: Any) -> str | None:
+    """The message by which a task began, before it retried or replaced itself; None if it is none of ours."""
+    return _text(request.get(ORIGIN) or request.get(MESSAGE_ID))
 
-    Should that task run a second time, it will publish the same task id once more.
-    """
-    task = get_current_worker_task()
-    if task is None:
-        return None
-    request = task.request
-    noted = getattr(request, "patchpilot_following", None)
-    if task_id in (following(request) if noted is None else noted):
-        return str(getattr(request, MESSAGE_ID, None) or request.id)
-    return None
+
+def name_links(request: Any) -> None:
+    """Give the links of a task the ids that they will get again, should it run a second time: those that have none.
+    Celery would name them anew each time."""
+    message_id = origin(request)
+    if message_id is None:  # sent anew under the same id, it would be taken for the same
+        return
+    for place, link in enumerate(map(_first, request.callbacks or ())):
+        if isinstance(link, Mapping) and not link.get("subtask_type") and not link["options"].get("task_id"):
+            link["options"]["task_id"] = str(uuid5(NAMESPACE_OID, f"{message_id}/{place}"))
 
 
 def following(request: Any) -> frozenset[str]:
     """The ids of the tasks that follow a task: the next one of its chain, and its links. To be noted when it starts:
     before 5.7 Celery takes the next one away before it publishes it."""
-    signatures = [*(request.chain or ())[-1:], *(request.callbacks or ())]
+    signatures = [*(request.chain or ())[-1:], *map(_first, request.callbacks or ())]
     ids = ((each.get("options") or {}).get("task_id") for each in signatures if isinstance(each, Mapping))
     return frozenset(each for each in ids if each is not None)
+
+
+def _first(link: Any) -> Any:
+    """The task of a link that is published first, where one is."""
+    while isinstance(link, Mapping) and link.get("subtask_type") == "chain" and link["kwargs"]["tasks"]:
+        link = link["kwargs"]["tasks"][0]
+    return link
 
 
 def _chord_of(headers: Mapping[str, Any], body: Any) -> str | None:

@@ -13,15 +13,21 @@ BATCH = 1000
 """Rows removed in one transaction: few enough to hold no lock for long."""
 
 
+ROUNDS = (("results",), ("saved_groups",), ("parts", "chords"), ("messages",), ("starts",))
+"""In which order, and what in turns: chords go when their parts have gone."""
+
+
 def purge(database: Database, retention: timedelta, batch: int = BATCH) -> dict[str, int]:
     """Remove results past their expiry, and chords, starts and left-over messages that ended ``retention`` ago.
 
+    :param batch: how many rows to remove in one transaction.
     :returns: how many rows went, by what they were.
     :raises PatchpilotError: if PostgreSQL cannot be reached. What went is gone; call again.
     """
     asked = {"retention": retention, "batch": batch}
     removed = dict.fromkeys(SQL, 0)
-    for what, sql in SQL.items():
-        while gone := database.execute(sql, asked):
-            removed[what] += gone
+    for kinds in ROUNDS:
+        while any(gone := [database.execute(SQL[kind], asked) for kind in kinds]):
+            for kind, number in zip(kinds, gone, strict=True):
+                removed[kind] += number
     return removed

@@ -45,6 +45,9 @@ TRIES, PAUSE = 100, 0.05
 """How often, and after how many seconds, a record is tried again that came too early: the end of a message, say, whose
 producer is slower to write it down than a worker is to run it."""
 
+PATIENCE = 5.0
+"""Seconds without an answer after which PostgreSQL counts as away, unless somebody says otherwise."""
+
 LAST_SECONDS = 2.0
 """How long a worker that shuts down waits for what is still to be written."""
 
@@ -119,13 +122,14 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config = Config.of(self.app)
-        self.database = Database(self.config.dsn, budget=0)
+        patience = self.config.postgres_timeout or PATIENCE
+        self.database = Database(self.config.dsn, budget=0, patience=patience)
         self.recorder = Recorder(self.database)
         journal = Journal.OFF if self.config.journal is Journal.OFF else Journal.WARN
         self.outbox = ShadowOutbox(self.app, self.database, journal, shadow=True, run=self.recorder.put)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.outbox.install()
-        Heartbeat(Database(self.config.dsn, budget=0), self.outbox.identity).install()
+        Heartbeat(Database(self.config.dsn, budget=0, patience=patience), self.outbox.identity).install()
         signals.task_postrun.connect(_on_postrun, weak=False, dispatch_uid="patchpilot.shadow.postrun")
         for end in (signals.worker_process_shutdown, signals.worker_shutdown):
             end.connect(self._on_shutdown, weak=False, dispatch_uid=f"patchpilot.shadow.{id(self.app)}")

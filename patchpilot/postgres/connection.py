@@ -16,21 +16,27 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, LiteralString, Self, TypeVar
 
 import psycopg
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import DictRow
 
 from patchpilot.clock import SYSTEM, Backoff, Clock
 from patchpilot.dsn import MALFORMED, is_readable
 from patchpilot.errors import NeedsOperator, Transient
+from patchpilot.postgres import session
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Connection = psycopg.Connection[DictRow]
+Connection = session.Connection
 Row = DictRow
 
-CONNECT_TIMEOUT = 5
-"""Seconds one attempt to connect may take."""
+PATIENCE = 300.0
+"""Seconds without an answer after which PostgreSQL counts as away, for whoever does not say: none of our statements
+takes that long but migrations."""
+
+QUIET = 2.0
+"""Seconds for which nobody connects to a server that has just let somebody wait in vain: the threads of a process take
+turns, and the last of many must not wait for as often as there are threads."""
 
 # Where PostgreSQL is reachable but will never accept us: class 28 (authorisation), 3D000 (no such database).
 _HOPELESS = ("28", "3D")
@@ -46,12 +52,22 @@ class Database:
 
     :param dsn: a libpq connection string or URL. Never logged, never part of an error.
     :param budget: how long, in seconds, a lost connection is retried before the caller hears of it.
+    :param patience: after how many seconds without an answer a connection counts as lost.
     :param prepare: keep prepared statements on the server, which is faster, and session state: not behind a transaction
         pooler.
     """
 
-    def __init__(self, dsn: str, *, budget: float = 10.0, prepare: bool = False, clock: Clock = SYSTEM) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        budget: float = 10.0,
+        patience: float = PATIENCE,
+        prepare: bool = False,
+        clock: Clock = SYSTEM,
+    ) -> None:
         self._dsn = dsn
+        self._patience = patience
         self._prepare_after = 2 if prepare else None
         self._budget = budget
         self._clock = clock
@@ -59,6 +75,7 @@ class Database:
         self._connection: Connection | None = None
         self._pid = os.getpid()
         self._gave_up_at: float | None = None
+        self._quiet_until = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -143,14 +160,15 @@ class Database:
     def _connected(self) -> Connection:
         if not is_readable(self._dsn):
             raise NeedsOperator(f"the PostgreSQL DSN {MALFORMED}")
-        return psycopg.connect(
-            self._dsn,
-            row_factory=dict_row,
-            connect_timeout=CONNECT_TIMEOUT,
-            prepare_threshold=self._prepare_after,
-            autocommit=True,
-            application_name="patchpilot",
-        )
+        if self._clock.monotonic() < self._quiet_until:
+            raise psycopg.OperationalError("it did not answer a moment ago")
+        try:
+            return session.connect(
+                self._dsn, patience=self._patience, prepare_threshold=self._prepare_after, clock=self._clock
+            )
+        except psycopg.errors.ConnectionTimeout:
+            self._quiet_until = self._clock.monotonic() + QUIET
+            raise
 
     def _after_fork(self) -> None:
         # Only reached in a child that has not used the database yet. The parent's connection is kept, unused, so that
@@ -171,10 +189,10 @@ _databases: dict[str, Database] = {}
 _databases_lock = threading.Lock()
 
 
-def database(dsn: str, *, budget: float = 10.0, prepare: bool = False) -> Database:
+def database(dsn: str, *, budget: float = 10.0, patience: float = PATIENCE, prepare: bool = False) -> Database:
     """The process-wide :class:`Database` for ``dsn``. What the first caller asks for stands."""
     with _databases_lock:
-        return _databases.setdefault(dsn, Database(dsn, budget=budget, prepare=prepare))
+        return _databases.setdefault(dsn, Database(dsn, budget=budget, patience=patience, prepare=prepare))
 
 
 def _rows(connection: Connection, sql: LiteralString, params: Sequence[Any] | dict[str, Any]) -> list[Row]:

@@ -54,6 +54,11 @@ def migrate(database: Database) -> tuple[Migration, ...]:
 
 
 def _migrate(connection: Connection) -> tuple[Migration, ...]:
+    with connection.unhurried():
+        return _migrate_patiently(connection)
+
+
+def _migrate_patiently(connection: Connection) -> tuple[Migration, ...]:
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
     connection.execute(_BOOKKEEPING)
     applied = {

@@ -22,6 +22,7 @@ from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 from patchpilot.errors import NeedsOperator
+from patchpilot.postgres.connection import PATIENCE
 
 _PUBLISH_RETRIES = {"max_retries": 10, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 2.0}
 
@@ -65,6 +66,7 @@ def application(site: Site, serializer: str = "json") -> Celery:
         patchpilot_postgres=site.dsn,
         patchpilot_claim_lease=site.claim_lease,
         patchpilot_postgres_budget=10.0,
+        patchpilot_postgres_timeout=PATIENCE,
         patchpilot_valkey_budget=10.0,
         accept_content=list(site.accept_content),
         result_accept_content=list(site.accept_content),

@@ -21,7 +21,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, note, total
+from tests.support.shop import add, app, becomes_chain, becomes_hold, hold, note, stubborn, total
 
 pytestmark = pytest.mark.backend
 
@@ -141,8 +141,8 @@ def test_a_long_callback_keeps_its_lease(shop: Shop) -> None:
         def lease() -> object:
             return database.fetch("SELECT lease_until FROM patchpilot.fence")[0]["lease_until"]
 
-        first = lease()
-        until(lambda: lease() != first, seconds=30, what="the lease was renewed")
+        leases: set[object] = set()
+        until(lambda: leases.add(lease()) or len(leases) > 3, seconds=30, what="the lease was renewed again and again")
         gate.touch()
         assert result.get(timeout=30) == [2]
         finished = {"finished": True, "starts": 1}
@@ -189,6 +189,61 @@ def test_a_link_that_is_published_twice_runs_once(shop: Shop) -> None:
     until(lambda: worker.output().count("is not run again") == 1, seconds=30, what="the second one was dropped")
     shop.stop()
     assert sorted(shop.ledger()) == ["add 1 1", "add 1 1", "linked 2"]
+
+
+def test_what_follows_runs_once_however_the_task_before_it_came_to_its_end(shop: Shop) -> None:
+    """By links without an id, in a chain, after a retry and after a replacement: each first task runs twice."""
+    gate = shop.directory / "gate"
+    gate.touch()
+    links = [note.s(label="link"), note.s(label="other link"), chain(note.s(label="linked"), note.s(label="last"))]
+    first = [
+        add.apply_async((1, 1), link=links),
+        chain(stubborn.s(5), note.s(label="tail")).apply_async(link=note.s(label="link of the tail")).parent,
+        chain(becomes_hold.s(str(gate)), note.s(label="tail")).apply_async().parent,
+        chain(becomes_chain.s(3), note.s(label="tail")).apply_async().parent,
+    ]
+    for result in first:
+        deliver_again(shop, result.id)
+    worker = shop.worker("-c", "1")
+    dropped = 3 + 1 + 1 + 1  # three links, and what comes next in each chain
+    until(lambda: worker.output().count("is not run again") >= dropped, seconds=60, what="the second ones were dropped")
+    for line in ("last 2", "link of the tail 5", "tail None", "tail 5"):
+        shop.await_line(line)
+    shop.stop()
+    twice = ["add 1 1", "add 3 1", "replaced began", "replaced ended", "stubborn 0", "stubborn 1"]
+    once = [
+        "add 4 1",
+        "last 2",
+        "link 2",
+        "link of the tail 5",
+        "linked 2",
+        "other link 2",
+        "tail 5",
+        "tail 5",
+        "tail None",
+    ]
+    assert sorted(shop.ledger()) == sorted([*twice, *twice, *once])
+
+
+def test_a_link_runs_each_time_that_its_task_is_sent(shop: Shop) -> None:
+    canvas = add.s(1, 1).set(task_id="one", link=[note.s(label="linked")])
+    shop.worker("-c", "1")
+    for count in (1, 2):
+        canvas.apply_async()
+        shop.await_line("linked 2", count=count)
+
+
+def test_what_a_callback_became_runs_once(shop: Shop) -> None:
+    """A fenced task ends when it replaces itself; what it became has the same fence."""
+    gate = shop.directory / "gate"
+    result = chord([add.s(1, 1)], becomes_hold.si(str(gate))).apply_async()
+    worker = shop.worker("-c", "2")
+    shop.await_line("replaced began")
+    deliver_again(shop, result.id)
+    until(lambda: worker.output().count("is not run again") == 1, seconds=30, what="the second one was dropped")
+    gate.touch()
+    assert result.get(timeout=30) is None
+    assert shop.ledger().count("replaced began") == 1
 
 
 def test_with_all_of_it_fenced_nothing_runs_twice(shop: Shop) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,7 +21,7 @@ from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.recovery import Recovery, Site, Window
 from tests.conftest import shop_on
-from tests.support.processes import Shop
+from tests.support.processes import ROOT, Shop
 from tests.support.shop import add, app, boom, grows, note, total
 
 pytestmark = pytest.mark.backend
@@ -104,3 +107,33 @@ def test_without_postgresql_the_application_notices_nothing(
         assert [result.get(timeout=30) for result in results] == [2 + 2 * i for i in range(5)]
         assert "Traceback" not in worker.output()
         assert worker.process.poll() is None
+
+
+# Its records are slow, and none is written before it ends.
+SCRIPT = """
+import atexit, threading
+from patchpilot.backend.shadow import Recorder
+from patchpilot.clock import SYSTEM
+from patchpilot.postgres.connection import Database
+
+run, ending = Database.run, threading.Event()
+
+def slowly(*arguments):
+    ending.wait()
+    SYSTEM.sleep(0.3)
+    run(*arguments)
+
+Database.run = slowly
+Recorder.flush.__defaults__ = (60.0,)  # two seconds are long, but not on every machine
+
+from tests.support.shop import add
+
+for number in range(3):
+    add.delay(number, number)
+atexit.register(ending.set)
+"""
+
+
+def test_a_script_that_ends_at_once_has_written_its_records(shadow: None, shop: Shop) -> None:
+    subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env={**os.environ, **shop.environment}, check=True)
+    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(3,)]

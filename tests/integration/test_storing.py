@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -11,15 +12,15 @@ from uuid import UUID
 import psycopg
 import pytest
 import redis
-from celery import chord
+from celery import Signature, chain, chord, group
 from celery.exceptions import ChordError
 from kombu.exceptions import EncodeError
 
 from patchpilot.backend.message import Part
-from patchpilot.backend.storing import store
+from patchpilot.backend.storing import store, stored
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, app, note
+from tests.support.shop import add, app, note, total
 
 pytestmark = pytest.mark.backend
 
@@ -93,6 +94,63 @@ def test_if_strict_nothing_of_it_is_published(shop: Shop, argument: Any, monkeyp
     assert record(shop) == []
     with redis.Redis.from_url(shop.broker) as broker:
         assert broker.llen("celery") == 0
+
+
+IN_PICKLE = {"serializer": "pickle"}
+
+
+def sent(label: Any, pickled: bool = False) -> Signature:
+    """A note that is sent in pickle, or in JSON, as everything is here that says nothing."""
+    return note.s(label=label).set(**IN_PICKLE if pickled else {})
+
+
+SET = {1, 2}
+IN_THE_SECOND = "json cannot store ['kwargs']['tasks'][1]['kwargs']['label'] (set)"
+IN_THE_FIRST = IN_THE_SECOND.replace("[1]", "[0]")
+IN_THE_BODY = "json cannot store ['kwargs']['body']['kwargs']['label'] (set)"
+IN_THE_LINK = "json cannot store ['options']['link'][0]['kwargs']['label'] (set)"
+A_KEY = "json changes the key 7 (int) at ['kwargs']['tasks'][0]['kwargs']['label']"
+
+
+@pytest.mark.parametrize(
+    ("callback", "flaw"),
+    [
+        (chain(sent("x"), sent(SET, pickled=True)), IN_THE_SECOND),
+        (chain(sent("x", pickled=True), sent(SET, pickled=True)), None),
+        (chain(sent(SET, pickled=True), sent("x")), None),
+        (chain(sent(SET), sent("x")).set(**IN_PICKLE), None),
+        (chain(sent("x"), sent(SET)).set(**IN_PICKLE), IN_THE_SECOND),
+        (chain(group(sent("x"), sent("x", pickled=True)), sent(SET, pickled=True)), IN_THE_BODY),
+        (group(sent("x"), sent(SET, pickled=True)), None),
+        (group(sent(SET), sent("x", pickled=True)), IN_THE_FIRST),
+        (group(sent(SET), sent("x")).set(**IN_PICKLE), None),
+        (group(sent({7: 1}), sent(SET, pickled=True)), A_KEY),
+        (chord([sent(SET, pickled=True)], sent("x")), None),
+        (sent("x").set(link=[sent(SET, pickled=True)]), IN_THE_LINK),
+        (sent("x", pickled=True).set(link=[sent(SET)]), IN_THE_LINK),
+        (sent("x", pickled=True).set(link_error=sent(SET, pickled=True)), None),
+    ],
+)
+def test_each_message_of_a_callback_carries_all_that_follows_it(callback: Signature, flaw: str | None) -> None:
+    found = stored(callback, {}, "json")
+    if flaw is None:
+        assert found.flaw is None
+        assert found.content_type == "application/x-python-serialize"
+    else:
+        assert (found.flaw or "").startswith(flaw)
+        assert (found.payload is None) == ("cannot store" in flaw)
+
+
+def test_what_an_application_routes_counts(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what a signature says does: here all notes are sent in pickle, and nothing else is."""
+    monkeypatch.setitem(app.conf, "patchpilot_strict", True)
+    monkeypatch.setattr(note, "serializer", "pickle")
+    monkeypatch.setattr(note, "_exec_options", None)
+    header = [add.s(1, 1).set(**IN_PICKLE)]
+    chord(header, chain(note.s(label={1, 2}), note.s(label={1, 2}))).apply_async()
+    with pytest.raises(EncodeError, match=re.escape(IN_THE_SECOND)):
+        chord(header, chain(total.s(), note.s(label={1, 2}))).apply_async()
+    assert record(shop) == [(None, False, None)]
 
 
 def test_what_json_changes_is_said_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,13 +18,30 @@ DELETE FROM patchpilot.saved_group WHERE group_id IN (
     ORDER BY expires_at LIMIT %(batch)s FOR UPDATE SKIP LOCKED
 )
 
--- name: chords
--- With their parts. One whose callback's message is still on its way is not over yet.
-DELETE FROM patchpilot.chord WHERE group_id IN (
+-- name: parts
+-- Of the chords that are over: they go part by part, or a few large ones would be one large transaction. One whose
+-- callback's message is still on its way is not over yet.
+WITH over AS (
     SELECT c.group_id FROM patchpilot.chord c
     WHERE c.finished_at < now() - %(retention)s
       AND NOT EXISTS (SELECT FROM patchpilot.outbox o WHERE o.callback_of = c.group_id)
     ORDER BY c.finished_at LIMIT %(batch)s FOR UPDATE OF c SKIP LOCKED
+)
+DELETE FROM patchpilot.chord_part WHERE (group_id, position) IN (
+    SELECT p.group_id, p.position FROM over JOIN patchpilot.chord_part p USING (group_id) LIMIT %(batch)s
+)
+
+-- name: chords
+-- Those of the same chords that have no parts left.
+WITH over AS (
+    SELECT c.group_id FROM patchpilot.chord c
+    WHERE c.finished_at < now() - %(retention)s
+      AND NOT EXISTS (SELECT FROM patchpilot.outbox o WHERE o.callback_of = c.group_id)
+    ORDER BY c.finished_at LIMIT %(batch)s FOR UPDATE OF c SKIP LOCKED
+)
+DELETE FROM patchpilot.chord WHERE group_id IN (
+    SELECT o.group_id FROM over o
+    WHERE NOT EXISTS (SELECT FROM patchpilot.chord_part p WHERE p.group_id = o.group_id)
 )
 
 -- name: messages

@@ -1,0 +1,175 @@
+"""A PostgreSQL that accepts connections and never answers counts as away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import redis
+from celery import chord
+from kombu.exceptions import OperationalError
+
+from patchpilot.clock import FakeClock
+from patchpilot.errors import Transient
+from patchpilot.lab.processes import until
+from patchpilot.lab.roster import Roster
+from patchpilot.postgres.connection import QUIET, Database
+from patchpilot.recovery import Recovery, Site, Window
+from tests.conftest import shop_on
+from tests.support.frozen import Freezable, freezable
+from tests.support.processes import Shop
+from tests.support.shop import add, app, hold, note, total
+
+pytestmark = pytest.mark.backend
+
+WAIT = 60
+NOW = Window(min_age=timedelta(0))
+HASTY = {"patchpilot_postgres_budget": 1, "patchpilot_postgres_timeout": 1}
+
+
+@pytest.fixture(scope="module")
+def postgres(lab_roster: Roster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Freezable]:
+    with freezable(tmp_path_factory.mktemp("freezable"), lab_roster) as opened:
+        yield opened
+
+
+@pytest.fixture
+def hasty(
+    postgres: Freezable, lab_roster: Roster, tmp_path: Path, valkey: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Shop]:
+    """The test application on it, which waits for a second."""
+    for key, value in HASTY.items():
+        monkeypatch.setitem(app.conf, key, value)
+    with shop_on(lab_roster, tmp_path, valkey, postgres.database(), monkeypatch) as shop:
+        yield shop
+
+
+def others_are_gone(dsn: str) -> None:
+    """Wait until every session but this one is over, and what it was sent is carried out."""
+    sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    with Database(dsn) as database:
+        until(lambda: not database.fetch(sql), seconds=WAIT, what="all other sessions were over")
+
+
+def test_a_statement_is_not_waited_for_without_a_bound(postgres: Freezable) -> None:
+    with Database(postgres.database(), budget=1, patience=1) as database:
+        assert database.fetch("SELECT 1 AS one") == [{"one": 1}]
+        with postgres.frozen(), pytest.raises(Transient, match="no answer for 1 s"):
+            database.execute("SELECT 1")
+        until(lambda: _answers(database), seconds=WAIT, what="it was tried again")
+
+
+def test_the_threads_of_a_process_do_not_wait_one_after_the_other(postgres: Freezable) -> None:
+    clock = FakeClock()
+    with Database(postgres.database(), budget=0, clock=clock) as database:
+        with postgres.frozen():
+            with pytest.raises(Transient, match="timeout"):
+                database.execute("SELECT 1")
+            with pytest.raises(Transient, match="did not answer a moment ago"):
+                database.execute("SELECT 1")
+        clock.sleep(QUIET)
+        assert _answers(database)
+
+
+def _answers(database: Database) -> bool:
+    try:
+        return database.fetch("SELECT 1 AS one") == [{"one": 1}]
+    except Transient:
+        return False
+
+
+def test_a_transaction_is_not_either(postgres: Freezable) -> None:
+    with Database(postgres.database(), budget=1, patience=1) as database:
+        for pipelined in (True, False):
+            until(lambda: _answers(database), seconds=WAIT, what="it answered")
+            with postgres.frozen(), pytest.raises(Transient, match="no answer for 1 s"):
+                database.run(lambda connection: connection.execute("SELECT 1"), pipelined=pipelined)
+
+
+def test_what_takes_longer_than_the_budget_is_waited_for(postgres: Freezable) -> None:
+    """The budget is for a PostgreSQL that is away; this one works."""
+    with Database(postgres.database(), budget=0, patience=WAIT) as database:
+        assert len(database.fetch("SELECT pg_sleep(0.5)")) == 1
+
+
+@pytest.mark.parametrize("of_a_chord", [False, True], ids=["task", "chord"])
+def test_publishing_fails_and_what_failed_is_not_on_record(hasty: Shop, postgres: Freezable, of_a_chord: bool) -> None:
+    """Recovery would send what the caller was told is not published."""
+    assert add.apply_async((1, 1), queue="before").id
+    canvas = chord([add.s(1, 1), add.s(2, 2)], total.s()) if of_a_chord else add.s(1, 1)
+    with postgres.frozen():
+        with pytest.raises(OperationalError, match=r"not published: PostgreSQL cannot be reached: no answer for 1 s"):
+            canvas.apply_async()
+        with redis.Redis.from_url(hasty.broker) as broker:
+            assert broker.llen("celery") == 0
+    app.backend.database.close()
+    others_are_gone(hasty.dsn)
+    with Database(hasty.dsn) as database:
+        assert [row["queue"] for row in database.fetch("SELECT queue FROM patchpilot.outbox")] == ["before"]
+        assert database.fetch("SELECT FROM patchpilot.chord") == []
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
+def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable, pool: str) -> None:
+    """It has succeeded, and does not become a failure; and the worker goes on."""
+    gate = hasty.directory / "gate"
+    worker = hasty.worker("--pool", pool, "-c", "1", SHOP_SETTINGS=json.dumps(HASTY))
+    assert note.delay(0).get(timeout=WAIT) == 0  # whoever runs tasks is connected
+    result = chord([hold.s(5, str(gate))], total.s()).apply_async()
+    [part] = result.parent.results
+    hasty.await_line("hold began")
+    with postgres.frozen():
+        gate.touch()
+        until(
+            lambda: f"Task {part.id} is left to recovery, its end was not recorded" in worker.output(), seconds=WAIT,
+            what=f"the task's end was given up: {worker.output()[-2000:]}",
+        )  # fmt: skip
+    with Recovery(Site(hasty.broker, hasty.dsn), stale=timedelta(seconds=4)) as recovery:
+        until(lambda: recovery.recover(NOW) != (), seconds=WAIT, what="the chord was recovered")
+    assert result.get(timeout=WAIT) == 5
+    assert note.delay(1).get(timeout=WAIT) == 1
+    assert part.state == "SUCCESS"
+
+
+def test_a_worker_that_shuts_down_does_not_wait_for_it(hasty: Shop, postgres: Freezable) -> None:
+    """It says that it is gone; but if nobody listens, it goes all the same."""
+    settings = json.dumps({"patchpilot_postgres_timeout": 600})
+    workers = [hasty.worker("-c", "1", SHOP_SETTINGS=settings) for _ in range(2)]
+    alive = "SELECT FROM patchpilot.worker"
+    with Database(hasty.dsn) as database:
+        until(lambda: len(database.fetch(alive)) == 2, seconds=WAIT, what="both gave a sign of life")
+        workers[0].process.terminate()
+        until(lambda: len(database.fetch(alive)) == 1, seconds=WAIT, what="one said that it is gone")
+        with postgres.frozen():
+            workers[1].process.terminate()
+            until(lambda: workers[1].process.poll() is not None, seconds=WAIT, what="the other one was gone")
+        assert len(database.fetch(alive)) == 1
+
+
+def test_in_shadow_mode_the_application_notices_nothing(
+    hasty: Shop, postgres: Freezable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither who publishes, and whose records wait for as long as the server stands still; nor the worker, which drops
+    its own, and says so."""
+    monkeypatch.setitem(app.conf, "patchpilot_mode", "shadow")
+    monkeypatch.setitem(app.conf, "patchpilot_postgres_timeout", 600)
+    worker = hasty.worker("-c", "1", SHOP_MODE="shadow", SHOP_SETTINGS=json.dumps(HASTY))
+    assert note.delay(0).get(timeout=WAIT) == 0
+    backend = app.backend
+    backend.recorder.flush(WAIT)
+    with postgres.frozen(), ThreadPoolExecutor(1) as threads:
+        publishing = threads.submit(lambda: [note.delay(number) for number in range(40)])
+        until(publishing.done, seconds=WAIT, what="forty messages were published")
+        assert [result.get(timeout=WAIT) for result in publishing.result()] == list(range(40))
+        until(lambda: "records dropped so far" in worker.output(), seconds=WAIT, what="the worker said so")
+        assert backend.recorder._waiting.unfinished_tasks > 0
+    with Database(hasty.dsn) as database:
+        backend.recorder.flush(WAIT)
+        assert backend.recorder.dropped == 0
+        recorded = "SELECT count(*) FROM patchpilot.outbox WHERE shadow AND task_name = %s"
+        assert database.fetch(recorded, [note.name])[0]["count"] > 0  # their ends, the worker had dropped
+    assert worker.process.poll() is None
