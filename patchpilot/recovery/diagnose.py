@@ -7,7 +7,7 @@ name no remedy and are not worth a person's time (a chord at work, a message in 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Finding, Kind, Remedy
 from patchpilot.recovery.hands import hint
+from patchpilot.recovery.quiet import Quiet
 
 T = TypeVar("T")
 
@@ -161,9 +162,12 @@ CHORDS: tuple[Rule[Header], ...] = (
         "nothing has happened to it",
     ),
     Rule(
+        "being-published", lambda it: not it.awaited, Remedy.NONE, "it has only just been sent",
+        "parts are still to come, and there is neither a message nor an inner chord to bring them yet", report=False,
+    ),
+    Rule(
         "at-work", lambda _: True, Remedy.NONE, "its tasks are queued or running",
-        "messages of its header are in good hands, or inner chords are open, or it has only just been sent",
-        report=False,
+        "messages of its header are in good hands, or inner chords are open", report=False,
     ),
 )  # fmt: skip
 
@@ -219,17 +223,13 @@ MESSAGES: tuple[Rule[Message], ...] = (
 
 def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
     """Everything worth telling, chords first, then callbacks, then other tasks; the oldest first in each."""
-    of_chord: defaultdict[str, list[Message]] = defaultdict(list)
-    for message in evidence.messages:
-        if message.group_id is not None:
-            of_chord[message.group_id].append(message)
-    chords = [_diagnose_chord(chord, of_chord[chord.group_id]) for chord in evidence.chords]
+    chords = [_diagnose_chord(header) for header in headers(evidence)]
     told = {message_id for _, covered in chords for message_id in covered}
     messages = _diagnose_messages([message for message in evidence.messages if message.message_id not in told])
     findings = [*(finding for finding, _ in chords if finding is not None), *messages]
     if evidence.unreached:
         why = hint(evidence.unreached)
-        findings = [replace(it, reason=f"{it.reason}; {why}") if "unknown" in it.diagnosis else it for it in findings]
+        findings = [replace(it, reason=f"{it.reason}; {why}") if it.unknown else it for it in findings]
     order: dict[Kind, int] = {"chord": 0, "callback": 1, "task": 2}
     return tuple(
         sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id, finding.diagnosis))
@@ -241,21 +241,43 @@ def first(rules: Iterable[Rule[T]], subject: T) -> Rule[T]:
     return next(rule for rule in rules if rule.applies(subject))
 
 
-def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | None, Collection[str]]:
-    """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
+def quiet(evidence: Evidence) -> Quiet:
+    """What is open and not worth telling one by one, in numbers."""
+    rules = {header.chord.group_id: first(CHORDS, header) for header in headers(evidence)}
+    at_work = {group_id for group_id, rule in rules.items() if rule.name == "at-work"}
+    where = Counter(message.where for message in evidence.messages if message.group_id in at_work)
+    return Quiet(
+        Counter(rule.name for rule in rules.values() if not rule.report),
+        where[Where.QUEUED], where[Where.HELD], evidence.outside, evidence.messages_outside,
+    )  # fmt: skip
+
+
+def headers(evidence: Evidence) -> Iterator[Header]:
+    """Each chord, with what of its header is not where it should be."""
+    of_chord: defaultdict[str, list[Message]] = defaultdict(list)
+    for message in evidence.messages:
+        if message.group_id is not None:
+            of_chord[message.group_id].append(message)
+    return (_header(chord, of_chord[chord.group_id]) for chord in evidence.chords)
+
+
+def _header(chord: Chord, messages: list[Message]) -> Header:
     lost = tuple(it for it in messages if first(MESSAGES, it).remedy is not Remedy.NONE)
     dead = tuple(it for it in messages if first(MESSAGES, it).name in ("revoked", "expired"))
     refused = tuple(it for it in messages if first(MESSAGES, it).name == "refused")
-    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead, refused)
-    rule = first(CHORDS, header)
+    return Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead, refused)
+
+
+def _diagnose_chord(header: Header) -> tuple[Finding | None, Collection[str]]:
+    """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
+    chord, rule = header.chord, first(CHORDS, header)
     covered = _covered(header, rule)
     if not rule.report:
         return None, covered
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
-        lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
-        unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(dead),
-        refused=len(refused),
+        lost=len(header.lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
+        unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(header.dead), refused=len(header.refused),
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,

@@ -14,7 +14,7 @@ appear one by one; a producer that has stopped to do so is told from one that di
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -26,6 +26,7 @@ from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.findings import Window
 from patchpilot.recovery.hands import Hands, ask, queues_of
+from patchpilot.recovery.quiet import Outside
 from patchpilot.valkey.broker import Broker, Holdings
 from patchpilot.workers.asking import Asking
 
@@ -130,6 +131,10 @@ class Evidence:
     """Workers that are alive and did not answer."""
     unreached: frozenset[str] = frozenset()
     """Topics of the broker on which workers listen that could not be asked."""
+    outside: Outside = field(default_factory=Outside)
+    """Open chords that were not looked at."""
+    messages_outside: Outside = field(default_factory=Outside)
+    """Messages that were not looked at."""
 
 
 class Collector:
@@ -153,19 +158,24 @@ class Collector:
         """
         self._broker.check()
         names = self._broker.names()
-        span = {"min_age": window.min_age, "max_age": window.max_age, "brokers": sorted(names)}
+        span: dict[str, Any] = {"min_age": window.min_age, "max_age": window.max_age, "brokers": sorted(names)}
         asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
-        chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
+        found = self._database.fetch(SQL["open_chords"], asked)
+        chords = tuple(_chord(row) for row in found if row["group_id"] is not None)
+        span["group_ids"] = [it.group_id for it in chords]
         rows = self._database.fetch(SQL["messages"], span)
+        # What was not looked at is counted after what was: it may have moved into view, and never out of it.
+        outside = Outside(found[0]["young"], found[0]["old"]), Outside(**self._database.fetch(SQL["outside"], span)[0])
         at_the_end = self._at_the_end(chords)
         first = self._holdings(rows)
         unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
         if not unseen and not at_the_end:
-            return Evidence(chords, tuple(_message(row, _settled(row)) for row in rows))
+            seen = tuple(_message(row, _settled(row)) for row in rows)
+            return Evidence(chords, seen, outside=outside[0], messages_outside=outside[1])
         hands = self._ask(unseen, at_the_end, names)
         messages = self._locate(rows, unseen, first, hands, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
-        return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached)
+        return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached, *outside)
 
     def _locate(
         self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, assume_lost: bool

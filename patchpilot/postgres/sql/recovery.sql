@@ -1,7 +1,8 @@
 -- What recovery reads, and the guards under which it writes.
 
 -- name: open_chords
--- Every chord whose callback is not out yet and that made no progress for a while.
+-- Every chord whose callback is not out yet and that made no progress for a while; and how many made progress too lately
+-- or too long ago to be looked at. There is always a row: with no group_id if there is nothing to look at.
 WITH open_chord AS (
     SELECT c.group_id, c.callback_id, c.callback_name, c.state = 'claimed' AS claimed, c.publish_error, c.shadow,
            c.counting, c.unrecoverable,
@@ -41,10 +42,14 @@ WITH open_chord AS (
     WHERE c.state IN ('open', 'claimed') AND c.callback_name <> 'patchpilot.canary'
       AND (c.broker IS NULL OR c.broker = ANY(%(brokers)s::text[]))
 )
-SELECT *, now() - progress_at AS age
-FROM open_chord
-WHERE progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
-ORDER BY progress_at, group_id
+SELECT outside.*, found.*, now() - found.progress_at AS age
+FROM (
+    SELECT count(*) FILTER (WHERE progress_at > now() - %(min_age)s) AS young,
+           count(*) FILTER (WHERE progress_at < now() - %(max_age)s) AS old
+    FROM open_chord
+) outside
+LEFT JOIN open_chord found ON found.progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+ORDER BY found.progress_at, found.group_id
 
 -- name: distrust_counts
 -- A count in Valkey that was cut short shows only when the last part has returned, and that may be long after recovery. From here
@@ -94,9 +99,18 @@ LEFT JOIN LATERAL (
 ) f ON true
 LEFT JOIN part
     ON part.group_id = o.group_id AND part.task_id = o.task_id AND part.returned_at >= o.recorded_at
-WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+WHERE o.sent_at <= now() - %(min_age)s
+  -- The message of a chord that goes on without it is never too old.
+  AND (o.sent_at >= now() - %(max_age)s OR o.group_id = ANY(%(group_ids)s::text[]))
   AND (o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[]))
 ORDER BY o.sent_at, o.message_id
+
+-- name: outside
+-- How many messages are too young or too old to be looked at.
+SELECT count(*) FILTER (WHERE sent_at > now() - %(min_age)s) AS young,
+       count(*) FILTER (WHERE sent_at < now() - %(max_age)s AND NOT coalesce(group_id = ANY(%(group_ids)s::text[]), false)) AS old
+FROM patchpilot.outbox
+WHERE broker IS NULL OR broker = ANY(%(brokers)s::text[])
 
 -- name: last_parts
 -- The tasks that would finish these chords, or return a part to them: those that returned last, and those that ended

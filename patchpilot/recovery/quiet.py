@@ -1,0 +1,105 @@
+"""What is open and no finding, in numbers: so that nobody takes for well what was not stuck, or was not looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from patchpilot.durations import ago
+from patchpilot.recovery.findings import KINDS, Finding, Kind, Window
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What is outside the window, and was not looked at."""
+
+    young: int = 0
+    """It made progress since."""
+    old: int = 0
+    """It made none for longer."""
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """What a pass had nothing to say about."""
+
+    chords: Mapping[str, int] = field(default_factory=dict)
+    """Open chords whose diagnosis is no finding, by that diagnosis."""
+    queued: int = 0
+    """Messages of headers at work that are in a queue."""
+    held: int = 0
+    """And that a worker has."""
+    outside: Outside = field(default_factory=Outside)
+    """Open chords."""
+    messages_outside: Outside = field(default_factory=Outside)
+    """Messages of tasks that have not ended, those of chords included."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can express it."""
+        return {**asdict(self), "chords": dict(self.chords)}
+
+
+STANDING = {
+    "being-dispatched": "being finished",
+    "finishing": "being finished",
+    "being-finished": "being finished",
+    "shadow-at-work": "only watched",
+    "being-published": "only just sent",
+    "at-work": "under way",
+}
+"""What is said of open chords that are no findings, by their diagnosis."""
+
+
+def headline(quiet: Quiet, kinds: Collection[Kind] = KINDS) -> str:
+    """What to say where there is no finding.
+
+    :param kinds: those that were asked for.
+    """
+    whole = set(kinds) == set(KINDS) and quiet.outside == quiet.messages_outside == Outside()
+    return "nothing is stuck" if whole else "nothing is stuck of what was looked at"
+
+
+def rest(
+    findings: Collection[Finding], quiet: Quiet, window: Window, kinds: Collection[Kind] = KINDS
+) -> tuple[str, ...]:
+    """The lines for a person that go with ``findings``: what else is open, what is not known, what nobody looked at."""
+    opened = _open(quiet) if "chord" in kinds else ()
+    return (*opened, *_unknown(findings), *_not_looked_at(quiet, window, kinds))
+
+
+def _open(quiet: Quiet) -> Iterator[str]:
+    numbers: Counter[str] = Counter()
+    for diagnosis, number in quiet.chords.items():
+        numbers[STANDING[diagnosis]] += number
+    for standing, number in sorted(numbers.items()):
+        where = "" if standing != STANDING["at-work"] else f": {_where(quiet)}"
+        yield f"open: {_many(number, 'chord')} {standing}{where}"
+
+
+def _where(quiet: Quiet) -> str:
+    held = f"{quiet.held} with workers" if quiet.held or not quiet.queued else "none with a worker"
+    return f"of their tasks' messages {quiet.queued} in queues, {held}"
+
+
+def _unknown(findings: Collection[Finding]) -> Iterator[str]:
+    number = sum(it.unknown for it in findings)
+    if number:
+        yield f"not known: whether {number} of these {'is' if number == 1 else 'are'} lost or well; the reason is given"
+
+
+def _not_looked_at(quiet: Quiet, window: Window, kinds: Collection[Kind]) -> Iterator[str]:
+    others = [f"{kind}s" for kind in KINDS if kind not in kinds]
+    if others:
+        yield f"not looked at: {' and '.join(others)}, which were not asked for"
+    looked = (("chord", "chord" in kinds, quiet.outside), ("message", {*kinds} != {"chord"}, quiet.messages_outside))
+    for noun, asked, outside in looked:
+        if asked and outside.young:
+            yield f"not looked at: {_many(outside.young, noun)} with progress in the last {ago(window.min_age)}"
+        if asked and outside.old:
+            yield f"not looked at: {_many(outside.old, noun)} without progress for {ago(window.max_age)}"
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
