@@ -32,12 +32,6 @@ NOW = Window(min_age=timedelta(0))
 
 
 @pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
-
-
-@pytest.fixture
 def recovery(shop: Shop) -> Iterator[Recovery]:
     with Recovery(Site(shop.broker, shop.dsn, accept_content=("json", "pickle")), stale=timedelta(seconds=4)) as opened:
         yield opened

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from uuid import uuid4
 
@@ -27,18 +26,6 @@ NOW = Window(min_age=timedelta(0))
 
 counts_in_valkey = pytest.mark.parametrize("counting", ["valkey"], indirect=True)
 """For tests that lose a count."""
-
-
-@pytest.fixture
-def recovery(shop: Shop) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def lose(broker: redis.Redis, queue: str, task_id: str) -> None:

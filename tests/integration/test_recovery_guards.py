@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -25,23 +24,6 @@ from tests.support.shop import add, app, hold, total
 pytestmark = pytest.mark.backend
 
 NOW = Window(min_age=timedelta(0))
-
-
-@pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    return str(getattr(request, "param", ""))
-
-
-@pytest.fixture
-def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def told(findings: tuple[Finding, ...]) -> list[tuple[str, str, bool]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from celery import Signature, chain, chord, group
 
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Recovery, Site, Window
+from patchpilot.recovery import Recovery, Window
 from tests.support import canvases
 from tests.support.commands import configured, patchpilot
 from tests.support.extras import becomes_chord
@@ -26,18 +25,6 @@ pytestmark = [pytest.mark.backend, pytest.mark.parametrize("counting", ["valkey"
 
 NOW = Window(min_age=timedelta(0))
 WAIT = 30
-
-
-@pytest.fixture
-def recovery(shop: Shop) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def lose_counts(broker: redis.Redis, chords: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -17,7 +16,7 @@ from kombu import Exchange, Queue
 from patchpilot.clock import SYSTEM
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Finding, Recovery, Site, Window
+from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
@@ -28,23 +27,6 @@ pytestmark = pytest.mark.backend
 
 NOW = Window(min_age=timedelta(0))
 HOUR = 3600
-
-
-@pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    return str(getattr(request, "param", ""))
-
-
-@pytest.fixture
-def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def ids(broker: redis.Redis, key: str) -> list[str]:
