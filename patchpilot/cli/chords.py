@@ -120,7 +120,7 @@ def show(
     """
     settings = read_settings(config)
     with Database(settings.postgres_dsn()) as database:
-        found = life(database, chord)
+        found = life(database, chord, settings.celery.accept_content)
     stuck, unknown = ((), None) if found.over else _diagnosed(settings, cluster, found)
     found = _lost(found, stuck)
     if output is Output.JSON:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -110,9 +110,10 @@ def elsewhere(database: Database, names: Collection[str]) -> tuple[Elsewhere, ..
     return tuple(Elsewhere(row["broker"], row["chords"], row["messages"]) for row in rows)
 
 
-def life(database: Database, chord: str) -> Life:
+def life(database: Database, chord: str, accept: Iterable[str] = ("json",)) -> Life:
     """The life of the chord with this group id, or whose callback has this task id.
 
+    :param accept: the serialisers that may be decoded, to know the tasks that its callback consists of.
     :raises Usage: if there is none on record.
     """
     found = database.fetch(SQL["chord"], {"id": chord})
@@ -120,7 +121,7 @@ def life(database: Database, chord: str) -> Life:
         raise Usage(f"no chord {chord!r} is on record: it was purged, or sent by a producer without this backend")
     row = found[0]
     parts = database.fetch(SQL["parts"], row)
-    ids = task_ids(row["callback_id"], row.pop("callback"), row.pop("callback_type"))
+    ids = task_ids(row, accept)
     asked = {**row, "callback_ids": list(ids)}
     messages = database.fetch(SQL["callback_messages"], asked)
     starts = database.fetch(SQL["starts"], asked)

@@ -27,6 +27,7 @@ from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.evidence import Message
 from patchpilot.recovery.findings import Finding, Remedy
+from patchpilot.recovery.standing import task_ids
 from patchpilot.workers.application import backend_of, standing_in
 
 SQL = queries("recovery")
@@ -86,13 +87,17 @@ class Remedies:
 
     def _around(self, ended: Sequence[Finding]) -> list[Finding]:
         """The chords that wait for the callback of one of these, which will never run."""
+        failed = self._database.fetch(SQL["failed"], {"group_ids": [finding.id for finding in ended]})
+        accept = self._app_for("json").conf.accept_content
+        tasks = sorted({task_id for row in failed for task_id in (row["callback_id"], *task_ids(row, accept))})
+        around = self._database.fetch(SQL["around"], {"task_ids": tasks}) if tasks else ()
         return [
             Finding(
                 kind="chord", id=row["group_id"], diagnosis="part-return-interrupted", remedy=Remedy.RECORD_PART,
-                reason=f"its part {row['callback_id']} is the callback of a chord that failed: nobody returns it",
+                reason=f"its part {row['task_id']} is the callback of a chord that failed: nobody returns it",
                 callback=row["callback_name"],
             )
-            for row in self._database.fetch(SQL["around"], {"group_ids": [finding.id for finding in ended]})
+            for row in around
         ]  # fmt: skip
 
     def _dispatch(self, findings: Sequence[Finding], recorded: Collection[str]) -> list[Finding]:

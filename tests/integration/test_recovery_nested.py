@@ -161,6 +161,21 @@ def test_chords_that_fail_from_the_inside_out(shop: Shop, recovery: Recovery, br
     assert recovery.sweep(NOW).findings == ()
 
 
+def test_a_failed_chord_whose_callback_is_a_group_fails_the_one_around_it_in_the_same_sweep(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    inner = chord([boom.s(), add.s(1, 1)], group(note.s(label="one"), note.s(label="two")))
+    outer = chord([inner, add.s(2, 2)], total.s()).apply_async()
+    lose_counts(broker, 2)
+    shop.worker()
+    await_found(recovery, "error-path-lost")
+    applied = recovery.recover(NOW)
+    assert [it.diagnosis for it in applied] == ["error-path-lost", "part-return-interrupted"]
+    assert applied[-1].id == outer.parent.id
+    assert type(outer.get(timeout=WAIT, propagate=False)).__name__ == "ChordError"
+    assert recovery.sweep(NOW).findings == ()
+
+
 def test_a_plan_does_not_go_further_than_it_says(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
     """What follows from its remedies is left to the next sweep, as it was not in the plan."""
     inner = chord([boom.s()], total.s(label="inner"))

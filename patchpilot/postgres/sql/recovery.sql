@@ -166,13 +166,18 @@ FROM unnest(%(group_ids)s::text[], %(task_ids)s::text[], %(states)s::text[], %(p
 WHERE p.group_id = ended.group_id AND p.task_id = ended.task_id AND p.state IS NULL
 RETURNING p.group_id
 
+-- name: failed
+-- The callbacks of those of these chords that were ended as failed: no process will return them as parts.
+SELECT callback_id, callback, callback_type, callback_encoding FROM patchpilot.chord
+WHERE group_id = ANY(%(group_ids)s) AND state = 'failed'
+
 -- name: around
--- Open chords that wait for the callback of one of these, which were ended as failed: no process will return that part.
-SELECT DISTINCT c.group_id, c.callback_name, inner_chord.callback_id
-FROM patchpilot.chord inner_chord
-JOIN patchpilot.chord_part p ON p.task_id = inner_chord.callback_id AND p.state IS NULL
-JOIN patchpilot.chord c ON c.group_id = p.group_id AND c.state IN ('open', 'claimed') AND NOT c.shadow
-WHERE inner_chord.group_id = ANY(%(group_ids)s) AND inner_chord.state = 'failed' AND c.publish_error IS NULL
+-- Open chords that wait for one of these tasks.
+SELECT DISTINCT ON (c.group_id) c.group_id, c.callback_name, p.task_id
+FROM patchpilot.chord c
+JOIN patchpilot.chord_part p ON p.group_id = c.group_id AND p.task_id = ANY(%(task_ids)s) AND p.state IS NULL
+WHERE c.state IN ('open', 'claimed') AND NOT c.shadow AND c.publish_error IS NULL
+ORDER BY c.group_id, p.position
 
 -- name: take
 -- Compare and set: of several recoveries that saw the same loss, one gets the message.
