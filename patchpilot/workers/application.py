@@ -18,7 +18,6 @@ from celery import Celery, _state
 
 from patchpilot.backend.backend import Backend
 from patchpilot.backend.config import BROKER, Config
-from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 from patchpilot.errors import NeedsOperator
@@ -40,7 +39,7 @@ class Site:
     """URL of the Valkey of the application's result backend, if that is another one."""
     results_prefix: str = ""
     """The ``global_keyprefix`` of its result backend transport options."""
-    dead_after: timedelta = STALE
+    dead_after: timedelta = Config.recovery_dead_after
     """A worker that gave no sign of life for this long counts as dead, and what it had as lost."""
     control_exchange: str = "celery"
     """Over which its workers are asked."""
