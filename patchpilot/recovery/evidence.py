@@ -200,7 +200,7 @@ class Collector:
                 where = Where.ABANDONED
             else:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
-            refused = row["resends"] >= RESENDS and not row["started"] and not assume_lost
+            refused = row["pushes"] >= RESENDS and not row["started"] and not assume_lost
             found.append(replace(_message(row, where, second), refused=refused))
         return tuple(found)
 

@@ -183,9 +183,14 @@ class Remedies:
         if not of:
             return []
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
-        with _broker_errors():
-            self._requeue([(messages[key], row) for key, row in taken.items() if messages[key].tag is not None])
-            self._publish([row for key, row in taken.items() if messages[key].tag is None], of)
+        pushed: list[str] = []
+        try:
+            with _broker_errors():
+                self._requeue([(messages[it], row) for it, row in taken.items() if messages[it].tag], pushed)
+                self._publish([row for key, row in taken.items() if not messages[key].tag], of, pushed)
+        finally:
+            if pushed:
+                self._database.execute(SQL["pushed"], {"message_ids": pushed})
         return _distinct(of[key] for key in taken)
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
@@ -198,7 +203,7 @@ class Remedies:
 
         return self._database.run(write)
 
-    def _publish(self, rows: Sequence[Row], of: Mapping[str, Finding]) -> None:
+    def _publish(self, rows: Sequence[Row], of: Mapping[str, Finding], pushed: list[str]) -> None:
         app = self._app_for("json")
         if not rows:
             return
@@ -222,8 +227,10 @@ class Remedies:
                 except Exception as error:  # noqa: BLE001 - one that cannot be pushed must not keep the others from it
                     finding = of[row["message_id"]]
                     self._complain(finding, _explained(finding, error))
+                else:
+                    pushed.append(row["message_id"])
 
-    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> None:
+    def _requeue(self, abandoned: Sequence[tuple[Message, Row]], pushed: list[str]) -> None:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
         Not what somebody has taken since it was looked at."""
         if not abandoned:
@@ -236,6 +243,7 @@ class Remedies:
                 taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
                 if taken == message.taken:
                     channel.qos.restore_by_tag(message.tag)
+                    pushed.append(message.message_id)
 
     def _note(self, connection: Connection, findings: Sequence[Finding]) -> None:
         names = ("kind", "id", "diagnosis", "remedy", "callback", "reason")

@@ -46,7 +46,7 @@ def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Re
     header = chord([add.s(1, 1)], total.s()).apply_async().parent.id
     broker.delete("celery")
     with Database(shop.dsn) as database:
-        database.execute("UPDATE patchpilot.outbox SET resends = 5")
+        database.execute("UPDATE patchpilot.outbox SET pushes = 5")
         assert told(recovery.survey(NOW)) == [(header, "header-refused", False), (task, "refused", False)]
         begun = """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until)
                    SELECT scope, task_id, attempt, gen_random_uuid(), 'gone', now() FROM patchpilot.outbox
@@ -54,6 +54,22 @@ def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Re
         database.execute(begun)
     assert [it.id for it in recovery.recover(NOW)] == [header]
     assert [it.id for it in recovery.sweep(NOW, assume_lost=True).applied] == [task]
+
+
+def test_what_never_reached_the_broker_was_refused_by_nobody(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    task = add.delay(1, 1).id
+    broker.delete("celery")
+    broker.acl_setuser("default", enabled=True, commands=["-lpush"])
+    try:
+        for _ in range(6):
+            assert recovery.recover(NOW) == ()
+    finally:
+        broker.acl_setuser("default", enabled=True, commands=["+lpush"])
+    assert told(recovery.survey(NOW)) == [(task, "message-lost", True)]
+    assert [it.id for it in recovery.recover(NOW)] == [task]
+    assert broker.llen("celery") == 1
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ WITH part AS (
     GROUP BY open_group.group_id, p.task_id
 )
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
-       o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
+       o.sent_at, o.resends, o.pushes, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
        coalesce(f.finished, false) OR ((r.task_id IS NOT NULL OR part.task_id IS NOT NULL) AND NOT EXISTS (
            SELECT FROM patchpilot.chord_part p
            JOIN patchpilot.chord_part same USING (group_id, task_id)
@@ -187,6 +187,10 @@ FROM unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, re
 WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
 RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key, o.headers, o.properties, o.body,
           o.content_type, o.content_encoding
+
+-- name: pushed
+-- These have reached the broker.
+UPDATE patchpilot.outbox SET pushes = pushes + 1 WHERE message_id = ANY(%(message_ids)s::uuid[])
 
 -- name: revoke
 -- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it.
