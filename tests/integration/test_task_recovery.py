@@ -21,7 +21,7 @@ from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, later, mourn, total
+from tests.support.shop import add, app, hold, later, mourn, note, total
 
 pytestmark = pytest.mark.backend
 
@@ -147,6 +147,49 @@ def test_a_chord_does_not_wait_for_what_has_expired_or_was_revoked(
     assert f"{expired} raised TaskRevokedError('expired'" in str(failing.result)
     until(lambda: any("mourn ChordError" in line for line in shop.ledger()), seconds=30, what="its errback was called")
     assert told(recovery.survey(NOW)) == [(endless.parent.id, "chain-expired", False)]
+
+
+def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """Both of its messages at once; or one, where the other has run: the result of the task stands for both."""
+    same, again = doomed(), add.s(2, 2).set(queue="elsewhere", expires=3600)
+    same.freeze()
+    again.freeze()
+    failing = chord([same, same], total.s()).apply_async()
+    broker.delete("elsewhere")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+    assert failing.state == "FAILURE"
+    half = chord([again, again], note.s(label="half")).apply_async()
+    broker.lpop("elsewhere")
+    shop.worker("-c", "1", "-Q", "celery,elsewhere")
+    with Database(shop.dsn) as database:
+        left = "SELECT count(*) AS count FROM patchpilot.outbox WHERE group_id IS NOT NULL"
+        until(lambda: database.fetch(left) == [{"count": 1}], seconds=30, what="the first had run")
+        database.execute("UPDATE patchpilot.outbox SET expires = now()")
+    assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(half.parent.id, "header-expired")]
+    shop.await_line("half [4, 4]")
+    assert app.AsyncResult(again.id).state == "SUCCESS"
+    until(lambda: recovery.survey(NOW) == (), seconds=30, what="there was nothing left to find")
+
+
+def test_a_frozen_chord_that_is_sent_again_does_not_wait_for_what_has_expired(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """The success of its task is that of the first time."""
+    worker = shop.worker("-c", "1")
+    task = add.s(1, 1)
+    canvas = chord([task], total.s())
+    canvas.freeze()
+    assert canvas.apply_async().get(timeout=30) == 2
+    worker.stop()
+    again = canvas.apply_async()
+    broker.delete("celery")
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.outbox SET expires = now()")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+    assert recovery.survey(NOW) == ()
+    assert again.parent.results[0].state == "REVOKED"
 
 
 def test_a_recovery_that_dies_while_it_ends_a_part_leaves_it_to_the_next(

@@ -202,17 +202,30 @@ WITH gone AS (
           SELECT FROM patchpilot.chord_part p
           WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
       )
-      AND NOT EXISTS (
-          SELECT FROM patchpilot.result r
-          WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+      AND (
+          NOT EXISTS (
+              SELECT FROM patchpilot.result r
+              WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+                AND r.stored_at >= o.recorded_at
+          )
+          -- A task that is in the header more than once: the result is that of another message.
+          OR EXISTS (
+              SELECT FROM patchpilot.chord_part p
+              JOIN patchpilot.chord_part same USING (group_id, task_id)
+              WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND same.position <> p.position
+          )
       )
-    RETURNING o.task_id, seen.meta
+    RETURNING o.task_id, o.recorded_at, seen.meta
+), latest AS (
+    SELECT DISTINCT ON (task_id) * FROM gone ORDER BY task_id, recorded_at DESC
 )
 INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM gone
+SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
 ON CONFLICT (task_id) DO UPDATE
 SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
-WHERE r.state <> 'SUCCESS'
+-- What its other message came to stays; what it came to when it was sent before does not.
+WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
+   OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here.
