@@ -15,7 +15,6 @@ from typing import Generic, TypeVar
 
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Finding, Kind, Remedy
-from patchpilot.recovery.hands import hint
 from patchpilot.recovery.quiet import Quiet
 
 T = TypeVar("T")
@@ -151,8 +150,8 @@ CHORDS: tuple[Rule[Header], ...] = (
     ),
     Rule(
         "unknown", lambda it: bool(it.unknown), Remedy.NONE,
-        "{unknown} header messages are in no queue, but a worker that is alive does not answer: it may have them",
-        "messages of its header are in no queue, and a worker that gives a sign of life did not say what it has",
+        "{unknown} header messages are in no queue, and a worker may have them that does not say so",
+        "messages of its header are in no queue, and not every worker that may have them says what it has",
     ),
     Rule(
         "never-published", lambda it: not it.awaited and it.chord.age > PUBLISHING, Remedy.NONE,
@@ -189,8 +188,8 @@ MESSAGES: tuple[Rule[Message], ...] = (
     ),
     Rule(
         "unknown", lambda it: it.where is Where.UNKNOWN, Remedy.NONE,
-        "{task_name} is in no queue, but a worker that is alive does not answer: it may have it",
-        "it is in no queue, and a worker that gives a sign of life did not say what it has",
+        "{task_name} is in no queue, and a worker may have it that does not say so",
+        "it is in no queue, and not every worker that may have it says what it has",
     ),
     Rule(
         "revoked", lambda it: it.where is Where.REVOKED, Remedy.NONE,
@@ -227,9 +226,9 @@ def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
     told = {message_id for _, covered in chords for message_id in covered}
     messages = _diagnose_messages([message for message in evidence.messages if message.message_id not in told])
     findings = [*(finding for finding, _ in chords if finding is not None), *messages]
-    if evidence.unreached:
-        why = hint(evidence.unreached)
-        findings = [replace(it, reason=f"{it.reason}; {why}") if it.unknown else it for it in findings]
+    if evidence.doubts:
+        why = "; ".join(evidence.doubts)
+        findings = [replace(it, reason=f"{it.reason}: {why}") if it.unknown else it for it in findings]
     order: dict[Kind, int] = {"chord": 0, "callback": 1, "task": 2}
     return tuple(
         sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id, finding.diagnosis))

@@ -125,12 +125,8 @@ class Evidence:
 
     chords: tuple[Chord, ...]
     messages: tuple[Message, ...]
-    answered: frozenset[str] = frozenset()
-    """Workers that answered."""
-    silent: frozenset[str] = frozenset()
-    """Workers that are alive and did not answer."""
-    unreached: frozenset[str] = frozenset()
-    """Topics of the broker on which workers listen that could not be asked."""
+    doubts: tuple[str, ...] = ()
+    """Who may have something and has not said so, and why."""
     outside: Outside = field(default_factory=Outside)
     """Open chords that were not looked at."""
     messages_outside: Outside = field(default_factory=Outside)
@@ -175,7 +171,7 @@ class Collector:
         hands = self._ask(unseen, at_the_end, names)
         messages = self._locate(rows, unseen, first, hands, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
-        return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached, *outside)
+        return Evidence(chords, messages, hands.doubts, *outside)
 
     def _locate(
         self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, assume_lost: bool

@@ -154,6 +154,7 @@ def test_a_worker_that_lives_but_does_not_answer_keeps_what_it_may_have(shop: Sh
     shop.await_line("hold began")
     found = only(recovery.survey(NOW))
     assert (found.id, found.diagnosis, found.curable) == (result.id, "unknown", False)
+    assert "alive and without an answer: " in found.reason
     assert recovery.recover(NOW) == ()
     gate.touch()
     assert result.get(timeout=30) == 3

@@ -167,7 +167,7 @@ def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop:
             """UPDATE patchpilot.chord SET state = 'failed', finished_at = now()
                WHERE callback_id IN (SELECT task_id FROM patchpilot.chord_part)"""
         )
-        asked = {"group_ids": [row["group_id"] for row in database.fetch("SELECT group_id FROM patchpilot.chord")]}
+        asked = {"task_ids": [row["callback_id"] for row in database.fetch("SELECT callback_id FROM patchpilot.chord")]}
         assert len(database.fetch(evidence.SQL["around"], asked)) == 1
         database.execute("UPDATE patchpilot.chord SET publish_error = 'E' WHERE state = 'open'")
         assert database.fetch(evidence.SQL["around"], asked) == []
