@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Finding, Kind, Remedy
-from patchpilot.recovery.quiet import Quiet
+from patchpilot.recovery.quiet import Hands, Quiet
 
 T = TypeVar("T")
 
@@ -244,10 +244,11 @@ def quiet(evidence: Evidence) -> Quiet:
     """What is open and not worth telling one by one, in numbers."""
     rules = {header.chord.group_id: first(CHORDS, header) for header in headers(evidence)}
     at_work = {group_id for group_id, rule in rules.items() if rule.name == "at-work"}
-    where = Counter(message.where for message in evidence.messages if message.group_id in at_work)
+    where = Counter((message.where, message.group_id in at_work) for message in evidence.messages)
+    of_headers, others = (Hands(where[Where.QUEUED, it], where[Where.HELD, it]) for it in (True, False))
     return Quiet(
-        Counter(rule.name for rule in rules.values() if not rule.report),
-        where[Where.QUEUED], where[Where.HELD], evidence.outside, evidence.messages_outside,
+        Counter(rule.name for rule in rules.values() if not rule.report), of_headers, others,
+        evidence.outside, evidence.messages_outside,
     )  # fmt: skip
 
 

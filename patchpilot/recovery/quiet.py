@@ -22,15 +22,27 @@ class Outside:
 
 
 @dataclass(frozen=True)
+class Hands:
+    """Messages that are in good hands."""
+
+    queued: int = 0
+    held: int = 0
+    """A worker has them."""
+
+    def __str__(self) -> str:
+        return f"{self.queued} in queues, {self.held or 'none'} with {'workers' if self.held else 'a worker'}"
+
+
+@dataclass(frozen=True)
 class Quiet:
     """What a pass had nothing to say about."""
 
     chords: Mapping[str, int] = field(default_factory=dict)
     """Open chords whose diagnosis is no finding, by that diagnosis."""
-    queued: int = 0
-    """Messages of headers at work that are in a queue."""
-    held: int = 0
-    """And that a worker has."""
+    headers: Hands = field(default_factory=Hands)
+    """Messages of the headers of chords at work."""
+    others: Hands = field(default_factory=Hands)
+    """Messages of callbacks, and of tasks that are in no such header."""
     outside: Outside = field(default_factory=Outside)
     """Open chords."""
     messages_outside: Outside = field(default_factory=Outside)
@@ -65,22 +77,19 @@ def rest(
     findings: Collection[Finding], quiet: Quiet, window: Window, kinds: Collection[Kind] = KINDS
 ) -> tuple[str, ...]:
     """The lines for a person that go with ``findings``: what else is open, what is not known, what nobody looked at."""
-    opened = _open(quiet) if "chord" in kinds else ()
-    return (*opened, *_unknown(findings), *_not_looked_at(quiet, window, kinds))
+    return (*_open(quiet, kinds), *_unknown(findings), *_not_looked_at(quiet, window, kinds))
 
 
-def _open(quiet: Quiet) -> Iterator[str]:
+def _open(quiet: Quiet, kinds: Collection[Kind]) -> Iterator[str]:
     numbers: Counter[str] = Counter()
     for diagnosis, number in quiet.chords.items():
         numbers[STANDING[diagnosis]] += number
-    for standing, number in sorted(numbers.items()):
-        where = "" if standing != STANDING["at-work"] else f": {_where(quiet)}"
+    for standing, number in sorted(numbers.items()) if "chord" in kinds else ():
+        where = "" if standing != STANDING["at-work"] else f"; messages of their headers: {quiet.headers}"
         yield f"open: {_many(number, 'chord')} {standing}{where}"
-
-
-def _where(quiet: Quiet) -> str:
-    held = f"{quiet.held} with workers" if quiet.held or not quiet.queued else "none with a worker"
-    return f"of their tasks' messages {quiet.queued} in queues, {held}"
+    number = quiet.others.queued + quiet.others.held
+    if number and {*kinds} != {"chord"}:
+        yield f"open: {_many(number, 'message')} of callbacks and other tasks: {quiet.others}"
 
 
 def _unknown(findings: Collection[Finding]) -> Iterator[str]:

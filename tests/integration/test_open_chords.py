@@ -37,7 +37,7 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
     for arguments in (("recover",), ("recover", "--dry-run")):
         assert patchpilot(*arguments, "--min-age", "0s", "--config", config).stderr.splitlines() == [
             "nothing is stuck of what was looked at",
-            "open: 2 chords under way: of their tasks' messages 4 in queues, none with a worker",
+            "open: 2 chords under way; messages of their headers: 4 in queues, none with a worker",
             "not looked at: 1 chord without progress for 1d 0h",
             "not looked at: 2 messages without progress for 1d 0h",
         ]
@@ -51,7 +51,7 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
         patchpilot("recover", "--dry-run", "--min-age", "0s", "--output", "json", "--config", config).stdout
     )
     assert data["quiet"] == {
-        "chords": {"at-work": 2}, "queued": 4, "held": 0, "outside": {"young": 0, "old": 1},
+        "chords": {"at-work": 2}, "headers": {"queued": 4, "held": 0}, "others": {"queued": 0, "held": 0}, "outside": {"young": 0, "old": 1},
         "messages_outside": {"young": 0, "old": 2},
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from patchpilot.recovery.diagnose import CHORDS, MESSAGES, Header, Rule, diagnose, first, quiet
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Remedy
+from patchpilot.recovery.quiet import Hands
 
 HOUR = timedelta(hours=1)
 
@@ -293,6 +294,17 @@ def test_nothing_is_told_twice_and_a_diagnosis_is_one_of_the_tables(found: Evide
     names["callback"] = {f"callback-{name}" for name in names["task"]}
     assert all(it.diagnosis in names[it.kind] for it in findings)
     assert all(it.age >= timedelta(0) and it.reason for it in findings)
+
+
+def test_messages_in_good_hands_are_counted_by_whose_they_are() -> None:
+    seen = (
+        *of_header([Where.QUEUED, Where.QUEUED, Where.HELD, Where.ENDED]),
+        message(Where.QUEUED, message_id="c", callback_of="h"), message(Where.HELD, message_id="t"),
+        message(Where.HELD, message_id="u"),
+    )  # fmt: skip
+    found = quiet(Evidence((chord(),), seen))
+    assert (found.headers, found.others) == (Hands(2, 1), Hands(1, 2))
+    assert quiet(Evidence((), seen)).others == Hands(3, 3)
 
 
 @given(evidence)

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from patchpilot.recovery.diagnose import CHORDS
 from patchpilot.recovery.findings import Finding, Remedy, Window
-from patchpilot.recovery.quiet import STANDING, Outside, Quiet, headline, rest
+from patchpilot.recovery.quiet import STANDING, Hands, Outside, Quiet, headline, rest
 
 WINDOW = Window(timedelta(minutes=5), timedelta(hours=24))
 
@@ -29,14 +29,21 @@ def test_that_nothing_is_stuck_is_said_without_reserve_only_if_everything_was_lo
 
 def test_what_is_open_is_told_in_numbers() -> None:
     assert rest((), Quiet(), WINDOW) == ()
-    assert rest((), Quiet({"at-work": 130}, queued=512), WINDOW) == (
-        "open: 130 chords under way: of their tasks' messages 512 in queues, none with a worker",
+    assert rest((), Quiet({"at-work": 130}, Hands(queued=512), Hands(queued=1)), WINDOW) == (
+        "open: 130 chords under way; messages of their headers: 512 in queues, none with a worker",
+        "open: 1 message of callbacks and other tasks: 1 in queues, none with a worker",
     )
-    busy = Quiet({"at-work": 1, "finishing": 1, "being-dispatched": 1}, queued=2, held=3)
-    assert rest((), busy, WINDOW) == (
-        "open: 2 chords being finished",
-        "open: 1 chord under way: of their tasks' messages 2 in queues, 3 with workers",
+    busy = Quiet({"at-work": 1, "finishing": 1, "being-dispatched": 1}, Hands(2, 3), Hands(0, 4))
+    of_chords, of_others = (
+        (
+            "open: 2 chords being finished",
+            "open: 1 chord under way; messages of their headers: 2 in queues, 3 with workers",
+        ),
+        ("open: 4 messages of callbacks and other tasks: 0 in queues, 4 with workers",),
     )
+    assert rest((), busy, WINDOW) == (*of_chords, *of_others)
+    assert rest((), busy, WINDOW, ["chord"])[:-1] == of_chords
+    assert rest((), busy, WINDOW, ["task"])[:-1] == of_others
 
 
 def test_what_was_not_looked_at_is_told_as_such() -> None:
