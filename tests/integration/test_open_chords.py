@@ -51,7 +51,8 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
         patchpilot("recover", "--dry-run", "--min-age", "0s", "--output", "json", "--config", config).stdout
     )
     assert data["quiet"] == {
-        "chords": {"at-work": 2}, "headers": {"queued": 4, "held": 0}, "others": {"queued": 0, "held": 0}, "outside": {"young": 0, "old": 1},
+        "chords": {"at-work": 2}, "headers": {"queued": 4, "held": 0}, "others": {"queued": 0, "held": 0},
+        "outside": {"young": 0, "old": 1},
         "messages_outside": {"young": 0, "old": 2},
     }  # fmt: skip
 
