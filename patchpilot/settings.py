@@ -163,6 +163,10 @@ class Celery(_Section):
     """``control_exchange`` of the application, if it sets one: over it its workers are asked what they have."""
     fanout_prefix: bool | str = True
     """``fanout_prefix`` of the broker transport options, if the application sets one."""
+    sep: Annotated[str, Field(min_length=1)] = "\x06\x16"
+    """``sep`` of the broker transport options, if the application sets one."""
+    priority_steps: tuple[int, ...] = ()
+    """``priority_steps`` of the broker transport options, if the application sets some."""
 
     @field_validator("fanout_prefix")
     @classmethod

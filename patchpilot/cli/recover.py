@@ -50,6 +50,8 @@ def site(settings: Settings, cluster: str) -> Site:
         control_exchange=settings.celery.control_exchange,
         fanout_prefix=settings.celery.fanout_prefix,
         broker=settings.cluster(cluster).broker_name,
+        sep=settings.celery.sep,
+        priority_steps=settings.celery.priority_steps,
     )
 
 

@@ -59,6 +59,10 @@ class Where(StrEnum):
     """Its task has ended; only the outbox does not know."""
 
 
+LOST = (Where.ABANDONED, Where.NOWHERE, Where.REVOKED)
+"""What may be done about a message depends on that it is in no queue."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One task message of the outbox, and where it is."""
@@ -150,6 +154,7 @@ class Collector:
         """Look at everything in ``window``.
 
         :param assume_lost: workers that are alive and do not answer hold nothing, and none refuses anything.
+        :raises NeedsOperator: if the broker's queues are not called as we call them.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
@@ -198,6 +203,8 @@ class Collector:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
             refused = row["pushes"] >= RESENDS and not row["started"] and not assume_lost
             found.append(replace(_message(row, where, second), refused=refused))
+        if any(it.where in LOST for it in found):
+            self._broker.check_layout()
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:
