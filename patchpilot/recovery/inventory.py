@@ -173,6 +173,7 @@ def _of_parts(parts: list[Row]) -> Iterator[Moment]:
 
 
 def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> Iterator[Moment]:
+    goes_on = {it["task_id"] for it in messages}
     for it in messages:
         again = f", {it['resends']} time(s) again" if it["resends"] else ""
         yield Moment(it["sent_at"], f"callback {it['task_name']}[{it['task_id']}] sent to {it['queue']}{again}")
@@ -180,7 +181,8 @@ def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> 
         times = f" (start number {it['starts']})" if it["starts"] > 1 else ""
         yield Moment(it["started_at"], f"callback {it['task_id']} began{times}")
         if it["finished_at"] is not None:
-            yield Moment(it["finished_at"], f"callback {it['task_id']} ended")
+            how = "ended this attempt" if it["task_id"] in goes_on else "ended"
+            yield Moment(it["finished_at"], f"callback {it['task_id']} {how}")
     for it in results:
         yield Moment(it["stored_at"], f"callback's result stored: {it['state']} ({it['task_id']})")
 
