@@ -203,14 +203,16 @@ class Broker:
         :raises Transient: if the broker cannot be read.
         """
         try:
-            bound = (member for exchange in self._exchanges() for member in self._members(exchange))
-            strange = any(member.count(self._sep) < 2 for member in bound)
+            bound = [member for exchange in self._exchanges() for member in self._members(exchange)]
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
-        if strange:
+        # Of the time before an application set a separator, bindings with kombu's own are left.
+        known = all(member.count(self._sep) > 1 or member.count(SEPARATOR) > 1 for member in bound)
+        if not known or (bound and not any(member.count(self._sep) > 1 for member in bound)):
             raise NeedsOperator(
                 "the queues of this broker are named with another separator than we know of, so that nothing can be "
-                "called lost: set celery.sep to the sep of the application's broker_transport_options"
+                "called lost: set celery.sep to the sep of the application's broker_transport_options; if it has none "
+                "any more, remove what is left of it from the sets _kombu.binding.*"
             )
 
     def close(self) -> None:

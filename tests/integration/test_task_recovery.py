@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -104,6 +105,9 @@ def test_queues_that_are_named_otherwise_are_known_by_their_names_or_nothing_is_
     assert ids(broker, "celery:5") == [queued]
     with pytest.raises(NeedsOperator, match=r"set celery\.sep"):
         recovery.recover(NOW)
+    with Recovery(replace(site_of(app), sep="|")) as misled, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
+        misled.recover(NOW)
+    broker.sadd("_kombu.binding.celery", "celery\x06\x16\x06\x16celery")  # from before it was set
     with Recovery(site_of(app)) as informed:
         assert informed.survey(NOW) == ()
         broker.delete("celery:5")
