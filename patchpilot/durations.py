@@ -10,6 +10,9 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 LONGEST = timedelta(days=3650)
 
+HEARTBEAT = timedelta(seconds=2)
+"""How often a worker gives a sign of life."""
+
 
 def parse_duration(text: str) -> timedelta:
     """A duration such as ``300ms``, ``0s``, ``5m``, ``1h30m``, ``24h`` or ``7d``.
@@ -34,3 +37,16 @@ def ago(span: timedelta) -> str:
     if minutes < 60:
         return f"{minutes}m {seconds % 60}s" if minutes < 10 else f"{minutes}m"
     return f"{hours}h {minutes % 60}m" if hours < 24 else f"{days}d {hours % 24}h"
+
+
+def long_enough_to_be_dead(silence: timedelta) -> timedelta:
+    """``silence``, if a worker that gave no sign of life for so long may be taken for dead.
+
+    :raises ValueError: a living one may be silent for so long, if a single sign of life is late.
+    """
+    least = 2 * HEARTBEAT
+    if silence < least:
+        raise ValueError(
+            f"it must be {ago(least)} or more: a living worker gives a sign of life every {ago(HEARTBEAT)}"
+        )
+    return silence

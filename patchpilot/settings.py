@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,7 +27,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from patchpilot.dsn import MALFORMED, is_readable, readable_endpoint, refusal
-from patchpilot.durations import parse_duration
+from patchpilot.durations import long_enough_to_be_dead, parse_duration
 from patchpilot.errors import Usage
 
 DEFAULT_FILE = Path("patchpilot.toml")
@@ -136,7 +137,7 @@ class Recovery(_Section):
     max_age: Duration = timedelta(hours=24)
     claim_lease: Duration = timedelta(seconds=30)
     """How long a recovery may take to join one chord's results and publish its callback before another may."""
-    dead_after: Duration = timedelta(minutes=1)
+    dead_after: Annotated[Duration, AfterValidator(long_enough_to_be_dead)] = timedelta(minutes=1)
     """A worker that gave no sign of life for this long counts as dead, and what it had as lost. A machine that is
     frozen for longer than this and comes back may run again what was sent again meanwhile."""
 
@@ -162,6 +163,10 @@ class Celery(_Section):
     """``control_exchange`` of the application, if it sets one: over it its workers are asked what they have."""
     fanout_prefix: bool | str = True
     """``fanout_prefix`` of the broker transport options, if the application sets one."""
+    sep: Annotated[str, Field(min_length=1)] = "\x06\x16"
+    """``sep`` of the broker transport options, if the application sets one."""
+    priority_steps: tuple[int, ...] = ()
+    """``priority_steps`` of the broker transport options, if the application sets some."""
 
     @field_validator("fanout_prefix")
     @classmethod

@@ -13,6 +13,7 @@ from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
 from patchpilot.dsn import MALFORMED, is_readable
+from patchpilot.durations import long_enough_to_be_dead
 
 MESSAGE_ID = "patchpilot_message"
 """Message header: the id of the message in the outbox."""
@@ -170,7 +171,7 @@ class Config:
             recovery_min_age=_read(app, "patchpilot_recovery_min_age", _span, cls.recovery_min_age),
             recovery_max_age=_read(app, "patchpilot_recovery_max_age", _span, cls.recovery_max_age),
             recovery_every=_read(app, "patchpilot_recovery_every", _span, None),
-            recovery_dead_after=_read(app, "patchpilot_recovery_dead_after", _span, cls.recovery_dead_after),
+            recovery_dead_after=_read(app, "patchpilot_recovery_dead_after", _silence, cls.recovery_dead_after),
             valkey_budget=_read(app, "patchpilot_valkey_budget", _seconds, cls.valkey_budget),
             postgres_budget=_read(app, "patchpilot_postgres_budget", _seconds, cls.postgres_budget),
             postgres_timeout=_read(app, "patchpilot_postgres_timeout", _some_seconds, None),
@@ -253,3 +254,7 @@ def _some_seconds(value: Any) -> float:
 
 def _span(value: Any) -> timedelta:
     return timedelta(seconds=_seconds(value))
+
+
+def _silence(value: Any) -> timedelta:
+    return long_enough_to_be_dead(_span(value))

@@ -19,15 +19,15 @@ from patchpilot.backend import about, holdings
 from patchpilot.backend.fence import INSTANCE
 from patchpilot.backend.identity import Identity
 from patchpilot.clock import SYSTEM
+from patchpilot.durations import HEARTBEAT
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
 
 logger = get_logger(__name__)
 
-EVERY = timedelta(seconds=2)
 STALE = timedelta(seconds=10)
-"""A worker that was not heard of for this long counts as dead."""
+"""A worker that was not heard of for this long is probably dead: nobody waits longer for its answer."""
 
 LAST_SECONDS = 5.0
 """How long a worker that shuts down waits until its end is recorded."""
@@ -69,7 +69,7 @@ class Heartbeat:
                 if heard:  # once is enough
                     logger.warning("No sign of life was left in PostgreSQL: %s", error)
                 heard = False
-            SYSTEM.wait(self._over, EVERY.total_seconds())
+            SYSTEM.wait(self._over, HEARTBEAT.total_seconds())
 
     def _end(self, **_: Any) -> None:
         self._over.set()

@@ -54,6 +54,8 @@ class Message:
     """How it is published."""
     broker: str | None = None
     """Where to."""
+    to_all: bool = False
+    """To all who listen at that moment, by a fanout exchange: it is in no queue, and nobody can say who missed it."""
 
     @property
     def name(self) -> str:
@@ -117,13 +119,15 @@ def columns(messages: Sequence[Message]) -> dict[str, list[Any]]:
 
 
 def prepare(
-    body: Any, options: dict[str, Any], callback_of: str | None, message_id: str | None, broker: str | None = None
-) -> Message:
+    body: Any, options: dict[str, Any], callback_of: str | None, message_id: str | None, broker: str | None = None,
+    *, to_all: bool = False,
+) -> Message:  # fmt: skip
     """The message that ``Producer.publish(body, **options)`` would send.
 
     :param callback_of: the chord whose callback it is.
     :param message_id: its id, if it was prepared before.
     :param broker: where to, as the record calls it.
+    :param to_all: to a fanout exchange.
     :raises EncodeError: if the body cannot be serialised.
     """
     options = dict(options)
@@ -143,6 +147,7 @@ def prepare(
         content=(content_type, encoding),
         options=options,
         broker=broker,
+        to_all=to_all,
     )
 
 

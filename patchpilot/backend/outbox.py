@@ -308,7 +308,7 @@ class Outbox:
 
     def _journalled(self, messages: Iterable[Message]) -> list[Message]:
         kept = (it for it in messages if self._journal is not Journal.OFF or it.callback_of)
-        return [it for it in kept if it.name != CANARY]
+        return [it for it in kept if it.name != CANARY and not it.to_all]
 
 
 def _merged(dispatches: Mapping[str, Dispatch], ours: Collection[str]) -> Dispatch:
@@ -317,6 +317,15 @@ def _merged(dispatches: Mapping[str, Dispatch], ours: Collection[str]) -> Dispat
         openings=[opening for part in parts for opening in part.openings],
         messages=[message for part in parts for message in part.messages],
     )
+
+
+def _is_fanout(connection: Any, exchange: Any) -> bool:
+    """Whether kombu gives what is published there to all who listen: it knows what this connection declared."""
+    if not exchange:
+        return False
+    known = getattr(connection.transport, "state", None)
+    declared = known.exchanges.get(getattr(exchange, "name", exchange), {}) if known else {}
+    return bool(getattr(exchange, "type", None) == "fanout" or declared.get("type") == "fanout")
 
 
 class _Journalling:
@@ -334,8 +343,9 @@ class _Journalling:
         if "task" not in (options.get("headers") or {}):  # a task-sent event takes the same producer
             self._producer.publish(body, **options)
             return
-        broker = self._outbox.identity.of(self._producer.connection)
-        message = prepare(body, options, _callback_of.get(), self._message_id, broker)
+        connection = self._producer.connection
+        broker, to_all = self._outbox.identity.of(connection), _is_fanout(connection, options.get("exchange"))
+        message = prepare(body, options, _callback_of.get(), self._message_id, broker, to_all=to_all)
         self._message_id = message.id  # a caller that tries again publishes the same message
         self._outbox.publish(message, self._producer)
 

@@ -48,6 +48,8 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
                 accept_content=site.accept_content,
                 control_exchange=site.control_exchange,
                 fanout_prefix=site.fanout_prefix,
+                sep=site.sep,
+                priority_steps=site.priority_steps,
             ),
             "recovery": settings.recovery.model_copy(update=ages),
             "purge": settings.purge.model_copy(update={"retention": config.retention}),

@@ -20,13 +20,14 @@ from patchpilot.cli.console import (
     say,
     the_broker,
 )
-from patchpilot.cli.recover import site
+from patchpilot.cli.recover import say_elsewhere, site
 from patchpilot.clock import SYSTEM
 from patchpilot.durations import ago
 from patchpilot.errors import Transient, Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.inventory import Life, OfCallback, inventory, life
+from patchpilot.recovery.quiet import rest
 from patchpilot.settings import Settings
 
 EVER = Window(timedelta(0), timedelta(days=36500))
@@ -55,15 +56,22 @@ def chords(
         found = inventory(database)
     window = Window(settings.recovery.min_age, settings.recovery.max_age)
     with Recovery(site(settings, the_broker(settings, cluster))) as recovery:
-        stuck = recovery.survey(window, ("chord", "callback"))
+        sweep = recovery.look(window, ("chord", "callback"))
+        elsewhere = recovery.elsewhere()
+    stuck = sweep.findings
     if output is Output.JSON:
-        emit_json(_as_data(found, stuck))
+        data = {**_as_data(found, stuck), "quiet": sweep.quiet.as_dict()}
+        emit_json({**data, "elsewhere": [asdict(each) for each in elsewhere]})
         return
     if found:
         _table(found, stuck)
     for finding in stuck:
         emit(f"{finding.kind} {finding.id} ({finding.callback}): {finding.diagnosis}: {finding.reason}")
-    say(f"{_open(found)}, {len(stuck)} stuck" if found or stuck else "no chord is open")
+    unknown = sum(finding.unknown for finding in stuck)
+    say(f"{_open(found)}, {len(stuck) - unknown} stuck" if found or stuck else "no chord is open")
+    for line in rest(stuck, sweep.quiet, window):
+        say(line)
+    say_elsewhere(elsewhere)
 
 
 def _as_data(found: tuple[OfCallback, ...], stuck: tuple[Finding, ...]) -> dict[str, Any]:
@@ -112,7 +120,7 @@ def show(
     """
     settings = read_settings(config)
     with Database(settings.postgres_dsn()) as database:
-        found = life(database, chord)
+        found = life(database, chord, settings.celery.accept_content)
     stuck, unknown = ((), None) if found.over else _diagnosed(settings, cluster, found)
     found = _lost(found, stuck)
     if output is Output.JSON:

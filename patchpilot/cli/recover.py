@@ -27,10 +27,12 @@ from patchpilot.cli.console import (
 from patchpilot.cli.watch import Orders, go_on
 from patchpilot.durations import ago
 from patchpilot.errors import Exit, PatchpilotError, Usage
-from patchpilot.recovery import Applied, Finding, Recovery, Site, Sweep, Window
+from patchpilot.recovery import Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
+from patchpilot.recovery.inventory import Elsewhere
 from patchpilot.recovery.plan import Plan, as_data
 from patchpilot.recovery.plan import read as read_plan
+from patchpilot.recovery.quiet import headline, rest
 from patchpilot.settings import Settings
 
 
@@ -48,6 +50,8 @@ def site(settings: Settings, cluster: str) -> Site:
         control_exchange=settings.celery.control_exchange,
         fanout_prefix=settings.celery.fanout_prefix,
         broker=settings.cluster(cluster).broker_name,
+        sep=settings.celery.sep,
+        priority_steps=settings.celery.priority_steps,
     )
 
 
@@ -182,20 +186,28 @@ def _once(
 
     with Recovery(where, complain=note) as recovery:
         if dry_run:
-            findings, sweep = recovery.survey(window, kinds), None
+            sweep = recovery.look(window, kinds)
         else:
             sweep = recovery.sweep(window, only=kinds, assume_lost=assume_lost, plan=plan)
-            findings = sweep.findings
         elsewhere = recovery.elsewhere()
     code = Exit.ERROR if failed else Exit.DONE
     if output is Output.JSON:
         others = [asdict(each) for each in elsewhere]
-        emit_json({**_as_data(findings, sweep, window), "failed": failed, "elsewhere": others})
+        emit_json({**_as_data(sweep, window, dry_run=dry_run), "failed": failed, "elsewhere": others})
         return code
-    _show(findings, sweep, window)
+    _show(sweep, window, dry_run=dry_run)
+    if not sweep.findings:
+        say(headline(sweep.quiet, kinds))
+    for line in rest(sweep.findings, sweep.quiet, window, kinds):
+        say(line)
+    say_elsewhere(elsewhere)
+    return code
+
+
+def say_elsewhere(elsewhere: tuple[Elsewhere, ...]) -> None:
+    """Say that there are other brokers."""
     for each in elsewhere:
         say(f"not looked at: {each.chords} open chords and {each.messages} messages of another broker, {each.broker}")
-    return code
 
 
 def _kinds(only: str | None) -> tuple[Kind, ...]:
@@ -222,26 +234,25 @@ def _window(usual: Window, min_age: str | None, max_age: str | None) -> Window:
     return window
 
 
-def _as_data(findings: tuple[Finding, ...], sweep: Sweep | None, window: Window) -> dict[str, Any]:
-    data = as_data(findings, window)
-    if sweep is not None:
+def _as_data(sweep: Sweep, window: Window, *, dry_run: bool) -> dict[str, Any]:
+    data = {**as_data(sweep.findings, window), "quiet": sweep.quiet.as_dict()}
+    if not dry_run:
         data["applied"] = [each.as_dict() for each in sweep.applied]
         data["changed"] = [asdict(each) for each in sweep.changes]
     return data
 
 
-def _show(findings: tuple[Finding, ...], sweep: Sweep | None, window: Window) -> None:
-    for change in sweep.changes if sweep else ():
+def _show(sweep: Sweep, window: Window, *, dry_run: bool) -> None:
+    for change in sweep.changes:
         say(f"not as planned: {change.kind} {change.id} was {change.planned}, now {change.now}")
+    findings = sweep.findings
     if not findings:
-        say("nothing is stuck")
         return
-    applied = sweep.applied if sweep else None
-    done: set[tuple[str, str, str]] = {(each.kind, each.id, each.diagnosis) for each in applied or ()}
+    done = None if dry_run else {(each.kind, each.id, each.diagnosis) for each in sweep.applied}
     emit_table(
         ("KIND", "ID", "CALLBACK", "PARTS", "AGE", "DIAGNOSIS", "REMEDY"),
         [
-            (it.kind, it.id, it.callback or "-", _parts(it), ago(it.age), it.diagnosis, _remedy(it, applied, done))
+            (it.kind, it.id, it.callback or "-", _parts(it), ago(it.age), it.diagnosis, _remedy(it, done))
             for it in findings
         ],
     )
@@ -249,18 +260,18 @@ def _show(findings: tuple[Finding, ...], sweep: Sweep | None, window: Window) ->
     for finding in findings:
         emit(f"{finding.id}: {finding.reason}")
     curable = sum(finding.curable for finding in findings)
-    if applied is None:
+    if dry_run:
         say(f"{curable} of {len(findings)} can be recovered: run the same command without --dry-run")
         say(f"with --output json this is a plan for --plan; its digest: {as_data(findings, window)['digest']}")
     else:
-        say(f"recovered {len(applied)} of {len(findings)}")
+        say(f"recovered {len(sweep.applied)} of {len(findings)}")
 
 
 def _parts(finding: Finding) -> str:
     return "-" if finding.total is None else f"{finding.returned}/{finding.total}"
 
 
-def _remedy(finding: Finding, applied: tuple[Applied, ...] | None, done: Collection[tuple[str, str, str]]) -> str:
-    if applied is None or not finding.curable:
+def _remedy(finding: Finding, done: Collection[tuple[str, str, str]] | None) -> str:
+    if done is None or not finding.curable:
         return str(finding.remedy)
     return f"{finding.remedy}: " + ("done" if (finding.kind, finding.id, finding.diagnosis) in done else "not done")

@@ -50,7 +50,7 @@ def go_on(site: Site, orders: Orders, output: Output) -> None:
 
         def look() -> tuple[Sweep, Backlog]:
             if orders.dry_run:
-                return Sweep(recovery.survey(orders.window, orders.only), ()), recovery.backlog()
+                return recovery.look(orders.window, orders.only), recovery.backlog()
             return recovery.sweep(orders.window, only=orders.only), recovery.backlog()
 
         watch(look, orders.every, stop, audience, afresh=recovery.disconnect)

@@ -7,7 +7,7 @@ name no remedy and are not worth a person's time (a chord at work, a message in 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Finding, Kind, Remedy
-from patchpilot.recovery.hands import hint
+from patchpilot.recovery.quiet import Hands, Quiet
 
 T = TypeVar("T")
 
@@ -150,8 +150,8 @@ CHORDS: tuple[Rule[Header], ...] = (
     ),
     Rule(
         "unknown", lambda it: bool(it.unknown), Remedy.NONE,
-        "{unknown} header messages are in no queue, but a worker that is alive does not answer: it may have them",
-        "messages of its header are in no queue, and a worker that gives a sign of life did not say what it has",
+        "{unknown} header messages are in no queue, and a worker may have them that does not say so",
+        "messages of its header are in no queue, and not every worker that may have them says what it has",
     ),
     Rule(
         "never-published", lambda it: not it.awaited and it.chord.age > PUBLISHING, Remedy.NONE,
@@ -161,9 +161,12 @@ CHORDS: tuple[Rule[Header], ...] = (
         "nothing has happened to it",
     ),
     Rule(
+        "being-published", lambda it: not it.awaited, Remedy.NONE, "it has only just been sent",
+        "parts are still to come, and there is neither a message nor an inner chord to bring them yet", report=False,
+    ),
+    Rule(
         "at-work", lambda _: True, Remedy.NONE, "its tasks are queued or running",
-        "messages of its header are in good hands, or inner chords are open, or it has only just been sent",
-        report=False,
+        "messages of its header are in good hands, or inner chords are open", report=False,
     ),
 )  # fmt: skip
 
@@ -185,8 +188,8 @@ MESSAGES: tuple[Rule[Message], ...] = (
     ),
     Rule(
         "unknown", lambda it: it.where is Where.UNKNOWN, Remedy.NONE,
-        "{task_name} is in no queue, but a worker that is alive does not answer: it may have it",
-        "it is in no queue, and a worker that gives a sign of life did not say what it has",
+        "{task_name} is in no queue, and a worker may have it that does not say so",
+        "it is in no queue, and not every worker that may have it says what it has",
     ),
     Rule(
         "revoked", lambda it: it.where is Where.REVOKED, Remedy.NONE,
@@ -219,17 +222,13 @@ MESSAGES: tuple[Rule[Message], ...] = (
 
 def diagnose(evidence: Evidence) -> tuple[Finding, ...]:
     """Everything worth telling, chords first, then callbacks, then other tasks; the oldest first in each."""
-    of_chord: defaultdict[str, list[Message]] = defaultdict(list)
-    for message in evidence.messages:
-        if message.group_id is not None:
-            of_chord[message.group_id].append(message)
-    chords = [_diagnose_chord(chord, of_chord[chord.group_id]) for chord in evidence.chords]
+    chords = [_diagnose_chord(header) for header in headers(evidence)]
     told = {message_id for _, covered in chords for message_id in covered}
     messages = _diagnose_messages([message for message in evidence.messages if message.message_id not in told])
     findings = [*(finding for finding, _ in chords if finding is not None), *messages]
-    if evidence.unreached:
-        why = hint(evidence.unreached)
-        findings = [replace(it, reason=f"{it.reason}; {why}") if "unknown" in it.diagnosis else it for it in findings]
+    if evidence.doubts:
+        why = "; ".join(evidence.doubts)
+        findings = [replace(it, reason=f"{it.reason}: {why}") if it.unknown else it for it in findings]
     order: dict[Kind, int] = {"chord": 0, "callback": 1, "task": 2}
     return tuple(
         sorted(findings, key=lambda finding: (order[finding.kind], -finding.age, finding.id, finding.diagnosis))
@@ -241,21 +240,44 @@ def first(rules: Iterable[Rule[T]], subject: T) -> Rule[T]:
     return next(rule for rule in rules if rule.applies(subject))
 
 
-def _diagnose_chord(chord: Chord, messages: list[Message]) -> tuple[Finding | None, Collection[str]]:
-    """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
+def quiet(evidence: Evidence) -> Quiet:
+    """What is open and not worth telling one by one, in numbers."""
+    rules = {header.chord.group_id: first(CHORDS, header) for header in headers(evidence)}
+    at_work = {group_id for group_id, rule in rules.items() if rule.name == "at-work"}
+    where = Counter((message.where, message.group_id in at_work) for message in evidence.messages)
+    of_headers, others = (Hands(where[Where.QUEUED, it], where[Where.HELD, it]) for it in (True, False))
+    return Quiet(
+        Counter(rule.name for rule in rules.values() if not rule.report), of_headers, others,
+        evidence.outside, evidence.messages_outside,
+    )  # fmt: skip
+
+
+def headers(evidence: Evidence) -> Iterator[Header]:
+    """Each chord, with what of its header is not where it should be."""
+    of_chord: defaultdict[str, list[Message]] = defaultdict(list)
+    for message in evidence.messages:
+        if message.group_id is not None:
+            of_chord[message.group_id].append(message)
+    return (_header(chord, of_chord[chord.group_id]) for chord in evidence.chords)
+
+
+def _header(chord: Chord, messages: list[Message]) -> Header:
     lost = tuple(it for it in messages if first(MESSAGES, it).remedy is not Remedy.NONE)
     dead = tuple(it for it in messages if first(MESSAGES, it).name in ("revoked", "expired"))
     refused = tuple(it for it in messages if first(MESSAGES, it).name == "refused")
-    header = Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead, refused)
-    rule = first(CHORDS, header)
+    return Header(chord, lost, tuple(it for it in messages if it.where is Where.UNKNOWN), dead, refused)
+
+
+def _diagnose_chord(header: Header) -> tuple[Finding | None, Collection[str]]:
+    """What is to be told of a chord, and those of its header's messages that nobody has to judge by themselves."""
+    chord, rule = header.chord, first(CHORDS, header)
     covered = _covered(header, rule)
     if not rule.report:
         return None, covered
     why = rule.why.format(
         total=chord.total, returned=chord.returned, ended=chord.ended, publish_error=chord.publish_error,
-        lost=len(lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
-        unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(dead),
-        refused=len(refused),
+        lost=len(header.lost), unknown=len(header.unknown), missing=chord.total - chord.returned,
+        unrecoverable=chord.unrecoverable, failed=chord.failed, dead=len(header.dead), refused=len(header.refused),
     )  # fmt: skip
     return Finding(
         kind="chord", id=chord.group_id, diagnosis=rule.name, remedy=rule.remedy, reason=why, callback=chord.callback,

@@ -14,7 +14,7 @@ appear one by one; a producer that has stopped to do so is told from one that di
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -26,6 +26,7 @@ from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.findings import Window
 from patchpilot.recovery.hands import Hands, ask, queues_of
+from patchpilot.recovery.quiet import Outside
 from patchpilot.valkey.broker import Broker, Holdings
 from patchpilot.workers.asking import Asking
 
@@ -56,6 +57,10 @@ class Where(StrEnum):
     """Nowhere, and somebody revoked its task."""
     ENDED = "ended"
     """Its task has ended; only the outbox does not know."""
+
+
+LOST = (Where.ABANDONED, Where.NOWHERE, Where.REVOKED)
+"""What may be done about a message depends on that it is in no queue."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +129,12 @@ class Evidence:
 
     chords: tuple[Chord, ...]
     messages: tuple[Message, ...]
-    answered: frozenset[str] = frozenset()
-    """Workers that answered."""
-    silent: frozenset[str] = frozenset()
-    """Workers that are alive and did not answer."""
-    unreached: frozenset[str] = frozenset()
-    """Topics of the broker on which workers listen that could not be asked."""
+    doubts: tuple[str, ...] = ()
+    """Who may have something and has not said so, and why."""
+    outside: Outside = field(default_factory=Outside)
+    """Open chords that were not looked at."""
+    messages_outside: Outside = field(default_factory=Outside)
+    """Messages that were not looked at."""
 
 
 class Collector:
@@ -149,25 +154,31 @@ class Collector:
         """Look at everything in ``window``.
 
         :param assume_lost: workers that are alive and do not answer hold nothing, and none refuses anything.
+        :raises NeedsOperator: if the broker's queues are not called as we call them.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
         self._broker.check()
         names = self._broker.names()
-        span = {"min_age": window.min_age, "max_age": window.max_age, "brokers": sorted(names)}
+        span: dict[str, Any] = {"min_age": window.min_age, "max_age": window.max_age, "brokers": sorted(names)}
         asked = {**span, "interrupted_after": INTERRUPTED_AFTER}
-        chords = tuple(_chord(row) for row in self._database.fetch(SQL["open_chords"], asked))
+        found = self._database.fetch(SQL["open_chords"], asked)
+        chords = tuple(_chord(row) for row in found if row["group_id"] is not None)
+        span["group_ids"] = [it.group_id for it in chords]
         rows = self._database.fetch(SQL["messages"], span)
+        # What was not looked at is counted after what was: it may have moved into view, and never out of it.
+        outside = Outside(found[0]["young"], found[0]["old"]), Outside(**self._database.fetch(SQL["outside"], span)[0])
         at_the_end = self._at_the_end(chords)
         looked_at = self._clock.monotonic()
         first = self._holdings(rows)
         unseen = [row for row in rows if row["message_id"] not in first.queued and not row["ended"]]
         if not unseen and not at_the_end:
-            return Evidence(chords, tuple(_message(row, _settled(row)) for row in rows))
+            seen = tuple(_message(row, _settled(row)) for row in rows)
+            return Evidence(chords, seen, outside=outside[0], messages_outside=outside[1])
         hands = self._ask(unseen, at_the_end, names)
         begun = {key for key, age in hands.began.items() if age <= self._clock.monotonic() - looked_at}
         messages = self._locate(rows, unseen, first, hands, begun, assume_lost)
         chords = tuple(replace(it, finishing=_finishing(it, at_the_end, hands, assume_lost)) for it in chords)
-        return Evidence(chords, messages, hands.answered, hands.silent, hands.unreached)
+        return Evidence(chords, messages, hands.doubts, *outside)
 
     def _locate(
         self, rows: list[Row], unseen: list[Row], first: Holdings, hands: Hands, begun: set[str], assume_lost: bool
@@ -193,8 +204,10 @@ class Collector:
                 where = Where.ABANDONED
             else:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
-            refused = row["resends"] >= RESENDS and not row["started"] and not assume_lost
+            refused = row["pushes"] >= RESENDS and not row["started"] and not assume_lost
             found.append(replace(_message(row, where, second), refused=refused))
+        if any(it.where in LOST for it in found):
+            self._broker.check_layout()
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:

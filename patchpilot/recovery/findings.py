@@ -51,6 +51,11 @@ class Finding:
     def curable(self) -> bool:
         return self.remedy is not Remedy.NONE
 
+    @property
+    def unknown(self) -> bool:
+        """Whether it is no more than suspected: somebody who may have it does not say."""
+        return self.diagnosis in ("unknown", "callback-unknown")
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON can express it; the age in seconds."""
         data = {**asdict(self), "age_seconds": round(self.age.total_seconds(), 1), "remedy": str(self.remedy)}

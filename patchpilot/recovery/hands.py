@@ -35,7 +35,7 @@ class Hands:
     answered: frozenset[str] = frozenset()
     """Workers that answered, by instance."""
     silent: frozenset[str] = frozenset()
-    """Workers that are alive and did not answer, by instance."""
+    """Names of workers that are alive and did not answer."""
     strangers: int = 0
     """How many more listen to the broker and did not answer."""
     unreached: frozenset[str] = frozenset()
@@ -50,6 +50,22 @@ class Hands:
         """Whether everybody who may have something has said so."""
         return not (self.silent or self.strangers or self.unreached or self.unread)
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Who may have something and has not said so, and what to do about it: in one sentence each, for a person."""
+        silent = f"alive and without an answer: {', '.join(sorted(self.silent))}"
+        strangers = (
+            f"{self.strangers} more that listen to the broker as workers do have not answered: they stand still, are "
+            "cut off, or have no patchpilot"
+        )
+        unread = "a worker has been sent something that nobody can look into before it has read it"
+        others = "workers without patchpilot consume queues here, and do not tell of all that they have"
+        sentences = (
+            (self.silent, silent), (self.strangers, strangers), (self.unread, unread),
+            (self.places is None or self.places, others), (self.unreached, hint(self.unreached)),
+        )  # fmt: skip
+        return tuple(sentence for applies, sentence in sentences if applies)
+
     def may_have(self, row: Mapping[str, Any]) -> bool:
         """Whether this message, which nobody says to have, may be with somebody all the same."""
         if not self.complete or self.places is None:
@@ -61,7 +77,8 @@ def hint(unreached: Collection[str]) -> str:
     """What to do about workers that cannot be asked, because they listen on these topics."""
     return (
         f"workers listen on {', '.join(sorted(unreached))}, where they are not asked: set celery.control_exchange and "
-        "celery.fanout_prefix as their application does"
+        "celery.fanout_prefix as their application does; if they are of another application, which cannot be asked at "
+        "the same time, give each its own database number of the broker, or both the same control_exchange"
     )
 
 
@@ -86,7 +103,7 @@ def ask(asking: Asking, message_ids: Collection[str], task_ids: Collection[str])
         active=_all(ours, "active") | tasks,
         revoked=_all(ours, "revoked") | revoked,
         answered=frozenset(answers.by_instance),
-        silent=frozenset(answers.silent),
+        silent=frozenset(answers.silent.values()),
         strangers=answers.strangers,
         unreached=answers.unreached,
         unread=any(answer.get("unread") for answer in ours),

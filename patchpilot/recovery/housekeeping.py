@@ -34,7 +34,7 @@ class Housekeeping:
         self._clock = clock
         self._stale = site.dead_after if stale is None else stale
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix, site.broker)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
         self._servers = servers(site)
         self._app = application(site)
 
@@ -68,11 +68,13 @@ class Housekeeping:
         """Adopt the chords that are under way in Celery's own Redis backend.
 
         :raises NeedsOperator: a worker without patchpilot is there. It would count in Valkey what is counted in
-            PostgreSQL from now on, and the chord would never be complete, or twice.
+            PostgreSQL from now on, and the chord would never be complete, or twice. Or the broker's queues are not
+            called as we call them.
         :raises Transient: PostgreSQL or Valkey cannot be reached. What was done stays done.
         """
         hands = ask(Asking(self._database, self._app, self._clock, self._stale, self._broker.names()), (), ())
         _check(hands)
+        self._broker.check_layout()
         nobody = not hands.answered and not hands.silent
         adoption = self._adoption()
         return adoption.adopt(adoption.look(), unacked=nobody)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -110,9 +110,10 @@ def elsewhere(database: Database, names: Collection[str]) -> tuple[Elsewhere, ..
     return tuple(Elsewhere(row["broker"], row["chords"], row["messages"]) for row in rows)
 
 
-def life(database: Database, chord: str) -> Life:
+def life(database: Database, chord: str, accept: Iterable[str] = ("json",)) -> Life:
     """The life of the chord with this group id, or whose callback has this task id.
 
+    :param accept: the serialisers that may be decoded, to know the tasks that its callback consists of.
     :raises Usage: if there is none on record.
     """
     found = database.fetch(SQL["chord"], {"id": chord})
@@ -120,7 +121,7 @@ def life(database: Database, chord: str) -> Life:
         raise Usage(f"no chord {chord!r} is on record: it was purged, or sent by a producer without this backend")
     row = found[0]
     parts = database.fetch(SQL["parts"], row)
-    ids = task_ids(row["callback_id"], row.pop("callback"), row.pop("callback_type"))
+    ids = task_ids(row, accept)
     asked = {**row, "callback_ids": list(ids)}
     messages = database.fetch(SQL["callback_messages"], asked)
     starts = database.fetch(SQL["starts"], asked)
@@ -172,6 +173,7 @@ def _of_parts(parts: list[Row]) -> Iterator[Moment]:
 
 
 def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> Iterator[Moment]:
+    goes_on = {it["task_id"] for it in messages}
     for it in messages:
         again = f", {it['resends']} time(s) again" if it["resends"] else ""
         yield Moment(it["sent_at"], f"callback {it['task_name']}[{it['task_id']}] sent to {it['queue']}{again}")
@@ -179,7 +181,8 @@ def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> 
         times = f" (start number {it['starts']})" if it["starts"] > 1 else ""
         yield Moment(it["started_at"], f"callback {it['task_id']} began{times}")
         if it["finished_at"] is not None:
-            yield Moment(it["finished_at"], f"callback {it['task_id']} ended")
+            how = "ended this attempt" if it["task_id"] in goes_on else "ended"
+            yield Moment(it["finished_at"], f"callback {it['task_id']} {how}")
     for it in results:
         yield Moment(it["stored_at"], f"callback's result stored: {it['state']} ({it['task_id']})")
 

@@ -27,6 +27,7 @@ from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery.evidence import Message
 from patchpilot.recovery.findings import Finding, Remedy
+from patchpilot.recovery.standing import task_ids
 from patchpilot.workers.application import backend_of, standing_in
 
 SQL = queries("recovery")
@@ -86,13 +87,17 @@ class Remedies:
 
     def _around(self, ended: Sequence[Finding]) -> list[Finding]:
         """The chords that wait for the callback of one of these, which will never run."""
+        failed = self._database.fetch(SQL["failed"], {"group_ids": [finding.id for finding in ended]})
+        accept = self._app_for("json").conf.accept_content
+        tasks = sorted({task_id for row in failed for task_id in (row["callback_id"], *task_ids(row, accept))})
+        around = self._database.fetch(SQL["around"], {"task_ids": tasks}) if tasks else ()
         return [
             Finding(
                 kind="chord", id=row["group_id"], diagnosis="part-return-interrupted", remedy=Remedy.RECORD_PART,
-                reason=f"its part {row['callback_id']} is the callback of a chord that failed: nobody returns it",
+                reason=f"its part {row['task_id']} is the callback of a chord that failed: nobody returns it",
                 callback=row["callback_name"],
             )
-            for row in self._database.fetch(SQL["around"], {"group_ids": [finding.id for finding in ended]})
+            for row in around
         ]  # fmt: skip
 
     def _dispatch(self, findings: Sequence[Finding], recorded: Collection[str]) -> list[Finding]:
@@ -178,9 +183,14 @@ class Remedies:
         if not of:
             return []
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
-        with _broker_errors():
-            self._requeue([(messages[key], row) for key, row in taken.items() if messages[key].tag is not None])
-            self._publish([row for key, row in taken.items() if messages[key].tag is None], of)
+        pushed: list[str] = []
+        try:
+            with _broker_errors():
+                self._requeue([(messages[it], row) for it, row in taken.items() if messages[it].tag], pushed)
+                self._publish([row for key, row in taken.items() if not messages[key].tag], of, pushed)
+        finally:
+            if pushed:
+                self._database.execute(SQL["pushed"], {"message_ids": pushed})
         return _distinct(of[key] for key in taken)
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
@@ -193,7 +203,7 @@ class Remedies:
 
         return self._database.run(write)
 
-    def _publish(self, rows: Sequence[Row], of: Mapping[str, Finding]) -> None:
+    def _publish(self, rows: Sequence[Row], of: Mapping[str, Finding], pushed: list[str]) -> None:
         app = self._app_for("json")
         if not rows:
             return
@@ -217,8 +227,10 @@ class Remedies:
                 except Exception as error:  # noqa: BLE001 - one that cannot be pushed must not keep the others from it
                     finding = of[row["message_id"]]
                     self._complain(finding, _explained(finding, error))
+                else:
+                    pushed.append(row["message_id"])
 
-    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> None:
+    def _requeue(self, abandoned: Sequence[tuple[Message, Row]], pushed: list[str]) -> None:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
         Not what somebody has taken since it was looked at."""
         if not abandoned:
@@ -231,6 +243,7 @@ class Remedies:
                 taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
                 if taken == message.taken:
                     channel.qos.restore_by_tag(message.tag)
+                    pushed.append(message.message_id)
 
     def _note(self, connection: Connection, findings: Sequence[Finding]) -> None:
         names = ("kind", "id", "diagnosis", "remedy", "callback", "reason")

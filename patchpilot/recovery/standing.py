@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from kombu.serialization import loads, prepare_accept_content
 
 from patchpilot.postgres.connection import Row
 
 FINAL = ("SUCCESS", "FAILURE", "REVOKED")
 
 
-def task_ids(callback_id: str, callback: bytes | None, content_type: str | None) -> tuple[str, ...]:
+def task_ids(callback: Row, accept: Iterable[str] = ("json",)) -> tuple[str, ...]:
     """The ids of all tasks that a callback consists of: a chain, a group or a chord is several.
 
-    What is not JSON is not decoded here: its own id has to do.
+    What cannot be decoded, or may not be, is known by its own id only.
+
+    :param callback: its id, and how it is stored.
+    :param accept: the serialisers that may be decoded.
     """
-    if callback is None or content_type != "application/json":
-        return (callback_id,)
+    own = str(callback["callback_id"])
+    if callback["callback"] is None:
+        return (own,)
+    kind, encoding = callback["callback_type"], callback["callback_encoding"]
     try:
-        return tuple(dict.fromkeys(_leaves(json.loads(callback)))) or (callback_id,)
-    except (ValueError, RecursionError):
-        return (callback_id,)
+        signature = loads(callback["callback"], kind, encoding, accept=prepare_accept_content(accept))
+        return tuple(dict.fromkeys(_leaves(signature))) or (own,)
+    except Exception:  # noqa: BLE001 - a serialiser raises what it likes
+        return (own,)
 
 
 def _leaves(signature: Any) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Self
 
@@ -14,12 +14,13 @@ from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.diagnose import diagnose
+from patchpilot.recovery.diagnose import diagnose, quiet
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
 from patchpilot.recovery.housekeeping import servers
 from patchpilot.recovery.inventory import Backlog, Elsewhere, backlog, elsewhere
 from patchpilot.recovery.plan import Change, Plan, compare
+from patchpilot.recovery.quiet import Quiet
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.recovery.strays import sweep_up
 from patchpilot.valkey.broker import Broker
@@ -37,8 +38,10 @@ class Sweep:
     """One pass: what was found, what was done about it, and where the world had moved on from a plan."""
 
     findings: tuple[Finding, ...]
-    applied: tuple[Applied, ...]
+    applied: tuple[Applied, ...] = ()
     changes: tuple[Change, ...] = ()
+    quiet: Quiet = field(default_factory=Quiet)
+    """What else is open."""
 
 
 class Recovery:
@@ -61,7 +64,7 @@ class Recovery:
     ) -> None:
         self._site = site
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix, site.broker)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
         self._servers = servers(site)
         self._apps: dict[str, Celery] = {}
         self._clock = clock
@@ -98,7 +101,15 @@ class Recovery:
         :param ids: look at these chords and tasks only.
         :raises Transient: if PostgreSQL or the broker cannot be read.
         """
-        return _chosen(diagnose(self._collect(window)), only, ids)
+        return self.look(window, only, ids).findings
+
+    def look(self, window: Window, only: Collection[Kind] = KINDS, ids: Collection[str] | None = None) -> Sweep:
+        """As :meth:`survey`; with what else is open.
+
+        :raises Transient: if PostgreSQL or the broker cannot be read.
+        """
+        evidence = self._collect(window)
+        return Sweep(_chosen(diagnose(evidence), only, ids), quiet=quiet(evidence))
 
     def backlog(self) -> Backlog:
         """How many chords are open, and how old the oldest is.
@@ -153,7 +164,7 @@ class Recovery:
         with suppress(Transient):  # a later pass finds what is left
             sweep_up(self._database, self._servers, window.min_age)
         now = self._clock.now()
-        return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes)
+        return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes, quiet(evidence))
 
     def elsewhere(self) -> tuple[Elsewhere, ...]:
         """What is open of other brokers that share the record: no pass of this recovery looks at it.

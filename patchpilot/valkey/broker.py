@@ -1,7 +1,7 @@
 """The broker as Valkey holds it: which messages are queued, and which a worker has taken and not yet acknowledged.
 
 Reads only, except for the canaries' queues. The layout is kombu's Redis transport's (read in kombu 5.7.0): a queue is a
-list per priority step, named ``<queue>`` or ``<queue>\\x06\\x16<priority>``, whose head is the newest message; what a
+list per priority step, named ``<queue>`` or ``<queue><sep><priority>``, whose head is the newest message; what a
 consumer took is in the hash ``unacked`` under its delivery tag, with the time it was taken in the sorted set
 ``unacked_index``.
 """
@@ -20,9 +20,11 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from patchpilot.broker_name import NAMES, name_of_url
 from patchpilot.dsn import mask
-from patchpilot.errors import Transient
+from patchpilot.errors import NeedsOperator, Transient
 
-_SEPARATOR = "\x06\x16"
+SEPARATOR = "\x06\x16"
+"""kombu's own, where the broker transport options have no ``sep``."""
+
 _CHUNK = 1000
 MESSAGE_ID = "patchpilot_message"
 
@@ -71,11 +73,13 @@ class Broker:
     :param url: the primary endpoint, ``redis://`` or ``rediss://``, with the database number.
     :param prefix: the ``global_keyprefix`` of the application's broker transport options.
     :param name: what the record calls it, if not by its address.
+    :param sep: the ``sep`` of the options.
     """
 
-    def __init__(self, url: str, prefix: str = "", name: str | None = None) -> None:
+    def __init__(self, url: str, prefix: str = "", name: str | None = None, sep: str = SEPARATOR) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
         self._prefix = prefix
+        self._sep = sep
         self._url = mask(url)
         self._own = {found for found in (name, name_of_url(url, prefix)) if found}
         self.name = name or name_of_url(url, prefix)
@@ -117,9 +121,7 @@ class Broker:
         :raises Transient: if the broker cannot be read.
         """
         try:
-            bindings = [key.decode() for key in self._client.scan_iter(f"{self._prefix}_kombu.binding.*", count=_CHUNK)]
-            exchanges = [key.removeprefix(f"{self._prefix}_kombu.binding.") for key in bindings]
-            return set[str]().union(*(self._bound(exchange) for exchange in exchanges))
+            return {queue for exchange in self._exchanges() for queue in self._bound(exchange)}
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
@@ -194,16 +196,42 @@ class Broker:
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
+    def check_layout(self) -> None:
+        """Make sure that queues are called here as we call them.
+
+        :raises NeedsOperator: if a binding shows that they are not.
+        :raises Transient: if the broker cannot be read.
+        """
+        try:
+            bound = [member for exchange in self._exchanges() for member in self._members(exchange)]
+        except RedisError as error:
+            raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
+        # Of the time before an application set a separator, bindings with kombu's own are left.
+        known = all(member.count(self._sep) > 1 or member.count(SEPARATOR) > 1 for member in bound)
+        if not known or (bound and not any(member.count(self._sep) > 1 for member in bound)):
+            raise NeedsOperator(
+                "the queues of this broker are named with another separator than we know of, so that nothing can be "
+                "called lost: set celery.sep to the sep of the application's broker_transport_options; if it has none "
+                "any more, remove what is left of it from the sets _kombu.binding.*"
+            )
+
     def close(self) -> None:
         self._client.close()
 
-    def _bound(self, exchange: str) -> set[str]:
+    def _exchanges(self) -> Iterator[str]:
+        stem = f"{self._prefix}_kombu.binding."
+        return (key.decode().removeprefix(stem) for key in self._client.scan_iter(f"{stem}*", count=_CHUNK))
+
+    def _members(self, exchange: str) -> Iterator[str]:
         members: Any = self._client.smembers(f"{self._prefix}_kombu.binding.{exchange}")
-        return {member.decode().rsplit(_SEPARATOR, 1)[-1] for member in members}
+        return (member.decode() for member in members)
+
+    def _bound(self, exchange: str) -> set[str]:
+        return {member.rsplit(self._sep, 1)[-1] for member in self._members(exchange)}
 
     def _lists(self, queue: str) -> list[str]:
         """The keys of one queue's lists."""
-        names = (queue, *(f"{queue}{_SEPARATOR}{priority}" for priority in range(1, 10)))
+        names = (queue, *(f"{queue}{self._sep}{priority}" for priority in range(1, 10)))
         return [f"{self._prefix}{name}" for name in names]
 
     def _queued(self, queue: str) -> Iterator[str]:

@@ -18,11 +18,11 @@ from celery import Celery, _state
 
 from patchpilot.backend.backend import Backend
 from patchpilot.backend.config import BROKER, Config
-from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import PATIENCE
+from patchpilot.valkey.broker import SEPARATOR
 
 _PUBLISH_RETRIES = {"max_retries": 10, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 2.0}
 
@@ -41,7 +41,7 @@ class Site:
     """URL of the Valkey of the application's result backend, if that is another one."""
     results_prefix: str = ""
     """The ``global_keyprefix`` of its result backend transport options."""
-    dead_after: timedelta = STALE
+    dead_after: timedelta = Config.recovery_dead_after
     """A worker that gave no sign of life for this long counts as dead, and what it had as lost."""
     control_exchange: str = "celery"
     """Over which its workers are asked."""
@@ -49,6 +49,10 @@ class Site:
     """Of its broker transport options."""
     broker: str | None = None
     """What the application calls its broker in the record (``patchpilot_broker``), if not by its address."""
+    sep: str = SEPARATOR
+    """Of its broker transport options, as the next."""
+    priority_steps: tuple[int, ...] = ()
+    """Kombu's own, if there are none."""
 
 
 def application(site: Site, serializer: str = "json") -> Celery:
@@ -58,6 +62,10 @@ def application(site: Site, serializer: str = "json") -> Celery:
     options: dict[str, Any] = {"global_keyprefix": site.key_prefix} if site.key_prefix else {}
     if site.fanout_prefix is not True:
         options["fanout_prefix"] = site.fanout_prefix
+    if site.sep != SEPARATOR:
+        options["sep"] = site.sep
+    if site.priority_steps:
+        options["priority_steps"] = list(site.priority_steps)
     app.conf.update(
         broker_url=endpoint,
         broker_transport=TRANSPORT,
@@ -104,6 +112,8 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
         control_exchange=conf.control_exchange,
         fanout_prefix=options.get("fanout_prefix", True),
         broker=conf.get(BROKER),
+        sep=options.get("sep") or SEPARATOR,
+        priority_steps=tuple(options.get("priority_steps") or ()),
     )
 
 

@@ -12,9 +12,10 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from patchpilot.backend.heartbeat import EVERY, STALE
+from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.transport import counting_listeners
 from patchpilot.clock import Backoff, Clock
+from patchpilot.durations import HEARTBEAT
 from patchpilot.errors import Transient
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
@@ -70,7 +71,7 @@ class Asking:
         """
         answers = Answers()
         # Who counts as dead only much later is not waited for until then: what it may have is unknown.
-        patience = Backoff(self._clock, (min(self._stale, STALE) + EVERY).total_seconds(), first=0.5)
+        patience = Backoff(self._clock, (min(self._stale, STALE) + HEARTBEAT).total_seconds(), first=0.5)
         while True:
             heard = self._broadcast(command, dict(arguments or {}), answers)
             alive = self.alive()

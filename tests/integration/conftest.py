@@ -1,13 +1,17 @@
-"""Stations for whoever wants one; see :mod:`tests.support.station`."""
+"""The broker of the test application and a recovery of it; stations, see :mod:`tests.support.station`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
+import redis
 
 from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import Postgres
+from patchpilot.recovery import Recovery, Site
+from tests.support.processes import Shop
 from tests.support.station import PLAIN, Station, Stations
 
 
@@ -24,4 +28,23 @@ def station(request: pytest.FixtureRequest, stations: Stations) -> Iterator[Stat
     """The station with the setup that the test asks for (see :func:`tests.support.station.on`), or a plain one."""
     opened = stations.at(getattr(request, "param", PLAIN))
     with opened.used():
+        yield opened
+
+
+@pytest.fixture
+def broker(shop: Shop) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(shop.broker) as client:
+        yield client
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """The key prefix of the application that ``recovery`` looks after. Parametrise a test indirectly to choose."""
+    return str(getattr(request, "param", ""))
+
+
+@pytest.fixture
+def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
+    """Recovery of the test application, for which a worker is dead soon."""
+    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
         yield opened

@@ -74,12 +74,6 @@ def housekeeping(shop: Shop) -> Iterator[Housekeeping]:
         yield opened
 
 
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
-
-
 def by_id(verdicts: list[Verdict]) -> dict[str, Verdict]:
     return {verdict.group_id: verdict for verdict in verdicts}
 

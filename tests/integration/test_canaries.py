@@ -33,12 +33,6 @@ def workers(shop: Shop) -> Iterator[Workers]:
 
 
 @pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
-
-
-@pytest.fixture
 def database(shop: Shop) -> Iterator[Database]:
     with Database(shop.dsn) as opened:
         yield opened

@@ -15,11 +15,11 @@ from patchpilot.errors import Exit
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery.inventory import inventory, life
+from patchpilot.recovery.inventory import Life, inventory, life
 from tests.support.commands import patchpilot
 from tests.support.extras import wail
 from tests.support.processes import Shop
-from tests.support.shop import add, app, boom, hold, note, total
+from tests.support.shop import add, app, boom, hold, later, note, total
 
 pytestmark = pytest.mark.backend
 
@@ -61,8 +61,10 @@ def test_what_is_open_stuck_and_unrecoverable(shop: Shop, config: Path) -> None:
     assert total.name in told.stdout
     assert "UNRECOVERABLE" in told.stdout
     assert f"chord {lost.parent.id} ({total.name}): header-message-lost: 0 of 2 parts returned" in told.stdout
-    assert told.stderr.startswith("3 chords are open, the oldest for ")
-    assert told.stderr.endswith(", 1 stuck\n")
+    first, *others = told.stderr.splitlines()
+    assert first.startswith("3 chords are open, the oldest for ")
+    assert first.endswith(", 1 stuck")
+    assert others == ["open: 2 chords under way; messages of their headers: 2 in queues, none with a worker"]
 
 
 def test_a_callback_that_was_lost_is_told_though_its_chord_is_not_open(shop: Shop, config: Path) -> None:
@@ -136,6 +138,18 @@ def test_the_life_of_a_chord_says_why_its_callback_has_not_run(shop: Shop, confi
     assert any("began" in what for what in told)
     text = patchpilot("chords", "show", result.parent.id, "--config", config).stdout
     assert "its callback has run: SUCCESS" in text
+    again = chord([add.s(1, 1)], later.si("again", 3600)).apply_async()
+    shop.await_line("again 0")
+    with Database(shop.dsn) as database:
+
+        def its_life() -> Life:
+            return life(database, again.id)
+
+        waits = "its callback waits for a retry, in queue celery"
+        until(lambda: its_life().why == waits, seconds=30, what="it waits for its retry")
+        until(lambda: f"callback {again.id} ended this attempt" in {it.what for it in its_life().moments}, seconds=30,
+              what="the first attempt had ended")  # fmt: skip
+        assert not its_life().over
     missing = patchpilot("chords", "show", "no-such-chord", "--config", config)
     assert (missing.returncode, len(missing.stderr.strip().splitlines())) == (2, 1)
 

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 import redis
 from celery import chain, chord
+from kombu.common import Broadcast
 from kombu.exceptions import OperationalError
 
 from patchpilot.backend import outbox as outbox_module
@@ -29,12 +30,6 @@ from tests.support.shop import add, app, note, total
 pytestmark = pytest.mark.backend
 
 NOW = Window(min_age=timedelta(0))
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 @pytest.fixture
@@ -218,3 +213,14 @@ def test_a_producer_killed_while_it_dispatches_leaves_whole_chords_or_none(shop:
         assert (pushed < 1000 * len(counts)) == bool(applied)
     assert recovery.survey(NOW) == ()
     assert -producer.returncode == signal.SIGKILL
+
+
+def test_what_goes_to_all_who_listen_is_not_on_record(shop: Shop, recovery: Recovery) -> None:
+    """Nobody can say who has missed it, and sent again it would be run again by those who have not."""
+    everybody = Broadcast("everybody")
+    with app.connection_for_write() as connection:
+        everybody(connection.default_channel).declare()
+        with app.amqp.Producer(connection) as producer:
+            add.apply_async((1, 1), queue=everybody, producer=producer)
+    assert fetch(shop, "SELECT FROM patchpilot.outbox") == []
+    assert recovery.survey(NOW) == ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from uuid import uuid4
 
@@ -27,18 +26,6 @@ NOW = Window(min_age=timedelta(0))
 
 counts_in_valkey = pytest.mark.parametrize("counting", ["valkey"], indirect=True)
 """For tests that lose a count."""
-
-
-@pytest.fixture
-def recovery(shop: Shop) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def lose(broker: redis.Redis, queue: str, task_id: str) -> None:
@@ -186,6 +173,7 @@ def test_a_worker_that_lives_but_does_not_answer_keeps_what_it_may_have(shop: Sh
     shop.await_line("hold began")
     found = only(recovery.survey(NOW))
     assert (found.id, found.diagnosis, found.curable) == (result.id, "unknown", False)
+    assert "alive and without an answer: " in found.reason
     assert recovery.recover(NOW) == ()
     gate.touch()
     assert result.get(timeout=30) == 3

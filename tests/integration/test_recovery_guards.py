@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -27,23 +26,6 @@ pytestmark = pytest.mark.backend
 NOW = Window(min_age=timedelta(0))
 
 
-@pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    return str(getattr(request, "param", ""))
-
-
-@pytest.fixture
-def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
-
-
 def told(findings: tuple[Finding, ...]) -> list[tuple[str, str, bool]]:
     return [(it.id, it.diagnosis, it.curable) for it in findings]
 
@@ -64,7 +46,7 @@ def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Re
     header = chord([add.s(1, 1)], total.s()).apply_async().parent.id
     broker.delete("celery")
     with Database(shop.dsn) as database:
-        database.execute("UPDATE patchpilot.outbox SET resends = 5")
+        database.execute("UPDATE patchpilot.outbox SET pushes = 5")
         assert told(recovery.survey(NOW)) == [(header, "header-refused", False), (task, "refused", False)]
         begun = """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until)
                    SELECT scope, task_id, attempt, gen_random_uuid(), 'gone', now() FROM patchpilot.outbox
@@ -72,6 +54,22 @@ def test_what_workers_refuse_is_not_sent_again_for_ever(shop: Shop, recovery: Re
         database.execute(begun)
     assert [it.id for it in recovery.recover(NOW)] == [header]
     assert [it.id for it in recovery.sweep(NOW, assume_lost=True).applied] == [task]
+
+
+def test_what_never_reached_the_broker_was_refused_by_nobody(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    task = add.delay(1, 1).id
+    broker.delete("celery")
+    broker.acl_setuser("default", enabled=True, commands=["-lpush"])
+    try:
+        for _ in range(6):
+            assert recovery.recover(NOW) == ()
+    finally:
+        broker.acl_setuser("default", enabled=True, commands=["+lpush"])
+    assert told(recovery.survey(NOW)) == [(task, "message-lost", True)]
+    assert [it.id for it in recovery.recover(NOW)] == [task]
+    assert broker.llen("celery") == 1
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop:
             """UPDATE patchpilot.chord SET state = 'failed', finished_at = now()
                WHERE callback_id IN (SELECT task_id FROM patchpilot.chord_part)"""
         )
-        asked = {"group_ids": [row["group_id"] for row in database.fetch("SELECT group_id FROM patchpilot.chord")]}
+        asked = {"task_ids": [row["callback_id"] for row in database.fetch("SELECT callback_id FROM patchpilot.chord")]}
         assert len(database.fetch(evidence.SQL["around"], asked)) == 1
         database.execute("UPDATE patchpilot.chord SET publish_error = 'E' WHERE state = 'open'")
         assert database.fetch(evidence.SQL["around"], asked) == []

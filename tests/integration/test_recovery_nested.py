@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from celery import Signature, chain, chord, group
 
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Recovery, Site, Window
+from patchpilot.recovery import Recovery, Window
 from tests.support import canvases
 from tests.support.commands import configured, patchpilot
 from tests.support.extras import becomes_chord
@@ -26,18 +25,6 @@ pytestmark = [pytest.mark.backend, pytest.mark.parametrize("counting", ["valkey"
 
 NOW = Window(min_age=timedelta(0))
 WAIT = 30
-
-
-@pytest.fixture
-def recovery(shop: Shop) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def lose_counts(broker: redis.Redis, chords: int) -> None:
@@ -171,6 +158,21 @@ def test_chords_that_fail_from_the_inside_out(shop: Shop, recovery: Recovery, br
     assert [line.split("(")[0] for line in sorted(shop.ledger())] == [
         "add 1 1", "add 2 2", "add 3 3", *["mourn ChordError"] * 3
     ]  # fmt: skip
+    assert recovery.sweep(NOW).findings == ()
+
+
+def test_a_failed_chord_whose_callback_is_a_group_fails_the_one_around_it_in_the_same_sweep(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    inner = chord([boom.s(), add.s(1, 1)], group(note.s(label="one"), note.s(label="two")))
+    outer = chord([inner, add.s(2, 2)], total.s()).apply_async()
+    lose_counts(broker, 2)
+    shop.worker()
+    await_found(recovery, "error-path-lost")
+    applied = recovery.recover(NOW)
+    assert [it.diagnosis for it in applied] == ["error-path-lost", "part-return-interrupted"]
+    assert applied[-1].id == outer.parent.id
+    assert type(outer.get(timeout=WAIT, propagate=False)).__name__ == "ChordError"
     assert recovery.sweep(NOW).findings == ()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
@@ -26,12 +25,6 @@ NOTHING = timedelta(0)
 STEM = "celery-taskset-meta-"
 
 counts_in_valkey = pytest.mark.parametrize("counting", ["valkey"], indirect=True)
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def leave(client: redis.Redis, group_id: str, *, stem: str = STEM, suffixes: tuple[str, ...] = SUFFIXES) -> None:

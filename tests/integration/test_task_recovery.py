@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -15,36 +15,21 @@ from celery.exceptions import ChordError
 from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
+from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Finding, Recovery, Site, Window
+from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
+from patchpilot.workers.application import site_of
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, later, mourn, total
+from tests.support.shop import add, app, hold, later, mourn, note, total
 
 pytestmark = pytest.mark.backend
 
 NOW = Window(min_age=timedelta(0))
 HOUR = 3600
-
-
-@pytest.fixture
-def prefix(request: pytest.FixtureRequest) -> str:
-    return str(getattr(request, "param", ""))
-
-
-@pytest.fixture
-def recovery(shop: Shop, prefix: str) -> Iterator[Recovery]:
-    with Recovery(Site(shop.broker, shop.dsn, key_prefix=prefix), stale=timedelta(seconds=4)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def broker(shop: Shop) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(shop.broker) as client:
-        yield client
 
 
 def ids(broker: redis.Redis, key: str) -> list[str]:
@@ -111,6 +96,25 @@ def test_a_message_is_looked_for_where_it_was_sent_and_goes_back_there(
     assert recovery.survey(NOW) == ()
 
 
+def test_queues_that_are_named_otherwise_are_known_by_their_names_or_nothing_is_called_lost(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Celery's documentation proposes for priorities; and with a queue for two priorities only."""
+    monkeypatch.setitem(app.conf, "broker_transport_options", {"sep": ":", "priority_steps": [0, 5]})
+    queued = add.apply_async((1, 1), priority=6).id
+    assert ids(broker, "celery:5") == [queued]
+    with pytest.raises(NeedsOperator, match=r"set celery\.sep"):
+        recovery.recover(NOW)
+    with Recovery(replace(site_of(app), sep="|")) as misled, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
+        misled.recover(NOW)
+    broker.sadd("_kombu.binding.celery", "celery\x06\x16\x06\x16celery")  # from before it was set
+    with Recovery(site_of(app)) as informed:
+        assert informed.survey(NOW) == ()
+        broker.delete("celery:5")
+        assert [it.id for it in informed.recover(NOW)] == [queued]
+    assert ids(broker, "celery:5") == [queued]
+
+
 def test_expired_and_revoked_tasks_do_not_come_back(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
     """A worker knows what is revoked only by itself, unless it wrote that down because it met the task."""
     shop.worker("-c", "1")
@@ -165,6 +169,49 @@ def test_a_chord_does_not_wait_for_what_has_expired_or_was_revoked(
     assert f"{expired} raised TaskRevokedError('expired'" in str(failing.result)
     until(lambda: any("mourn ChordError" in line for line in shop.ledger()), seconds=30, what="its errback was called")
     assert told(recovery.survey(NOW)) == [(endless.parent.id, "chain-expired", False)]
+
+
+def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """Both of its messages at once; or one, where the other has run: the result of the task stands for both."""
+    same, again = doomed(), add.s(2, 2).set(queue="elsewhere", expires=3600)
+    same.freeze()
+    again.freeze()
+    failing = chord([same, same], total.s()).apply_async()
+    broker.delete("elsewhere")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+    assert failing.state == "FAILURE"
+    half = chord([again, again], note.s(label="half")).apply_async()
+    broker.lpop("elsewhere")
+    shop.worker("-c", "1", "-Q", "celery,elsewhere")
+    with Database(shop.dsn) as database:
+        left = "SELECT count(*) AS count FROM patchpilot.outbox WHERE group_id IS NOT NULL"
+        until(lambda: database.fetch(left) == [{"count": 1}], seconds=30, what="the first had run")
+        database.execute("UPDATE patchpilot.outbox SET expires = now()")
+    assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(half.parent.id, "header-expired")]
+    shop.await_line("half [4, 4]")
+    assert app.AsyncResult(again.id).state == "SUCCESS"
+    until(lambda: recovery.survey(NOW) == (), seconds=30, what="there was nothing left to find")
+
+
+def test_a_frozen_chord_that_is_sent_again_does_not_wait_for_what_has_expired(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """The success of its task is that of the first time."""
+    worker = shop.worker("-c", "1")
+    task = add.s(1, 1)
+    canvas = chord([task], total.s())
+    canvas.freeze()
+    assert canvas.apply_async().get(timeout=30) == 2
+    worker.stop()
+    again = canvas.apply_async()
+    broker.delete("celery")
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.outbox SET expires = now()")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+    assert recovery.survey(NOW) == ()
+    assert again.parent.results[0].state == "REVOKED"
 
 
 def test_a_recovery_that_dies_while_it_ends_a_part_leaves_it_to_the_next(

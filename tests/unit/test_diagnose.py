@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchpilot.recovery.diagnose import CHORDS, MESSAGES, Header, Rule, diagnose, first
+from patchpilot.recovery.diagnose import CHORDS, MESSAGES, Header, Rule, diagnose, first, quiet
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
 from patchpilot.recovery.findings import Remedy
+from patchpilot.recovery.quiet import Hands
 
 HOUR = timedelta(hours=1)
 
@@ -62,6 +63,7 @@ OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Seen]]] = {
     "chain-expired": (Remedy.NONE, {}, [Where.UNKNOWN, CHAIN]),
     "unknown": (Remedy.NONE, {}, [Where.QUEUED, Where.UNKNOWN]),
     "never-published": (Remedy.NONE, {"messages": 0}, []),
+    "being-published": (Remedy.NONE, {"messages": 0, "age": timedelta(seconds=1)}, []),
     "at-work": (Remedy.NONE, {}, [Where.QUEUED, Where.HELD]),
 }
 
@@ -137,7 +139,7 @@ def test_no_row_is_without_a_test_and_no_name_is_there_twice() -> None:
     [
         ({}, [Where.ABANDONED, Where.HELD], "header-message-lost"),
         ({}, [Where.NOWHERE, Where.UNKNOWN], "header-message-lost"),
-        ({"messages": 0, "age": timedelta(minutes=1)}, [], "at-work"),
+        ({"messages": 0, "age": timedelta(minutes=1)}, [], "being-published"),
         ({"messages": 0, "age": timedelta(minutes=1, seconds=1)}, [], "never-published"),
         ({"messages": 1}, [Where.HELD], "at-work"),
         ({"messages": 0, "inner_chords": 1}, [], "at-work"),
@@ -292,6 +294,23 @@ def test_nothing_is_told_twice_and_a_diagnosis_is_one_of_the_tables(found: Evide
     names["callback"] = {f"callback-{name}" for name in names["task"]}
     assert all(it.diagnosis in names[it.kind] for it in findings)
     assert all(it.age >= timedelta(0) and it.reason for it in findings)
+
+
+def test_messages_in_good_hands_are_counted_by_whose_they_are() -> None:
+    seen = (
+        *of_header([Where.QUEUED, Where.QUEUED, Where.HELD, Where.ENDED]),
+        message(Where.QUEUED, message_id="c", callback_of="h"), message(Where.HELD, message_id="t"),
+        message(Where.HELD, message_id="u"),
+    )  # fmt: skip
+    found = quiet(Evidence((chord(),), seen))
+    assert (found.headers, found.others) == (Hands(2, 1), Hands(1, 2))
+    assert quiet(Evidence((), seen)).others == Hands(3, 3)
+
+
+@given(evidence)
+def test_every_open_chord_is_told_of_or_counted(found: Evidence) -> None:
+    told = sum(finding.kind == "chord" for finding in diagnose(found))
+    assert told + sum(quiet(found).chords.values()) == len(found.chords)
 
 
 @given(evidence)

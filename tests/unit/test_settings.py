@@ -93,6 +93,7 @@ def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
         ("[runbook]\ngarce = '5m'", "runbook.garce: unknown key"),
         ("[runbok]\n", "runbok: unknown key"),
         ("[runbook]\ngrace = '5 minutes'", "runbook.grace: '5 minutes' is not a duration"),
+        ("[recovery]\ndead_after = '3s'", "recovery.dead_after: it must be 4s or more"),
         ("[runbook]\ngrace = 300", "runbook.grace: 300 is not a duration"),
         ("[clusters.b]\nrole = 'queue'\nreplication_group = 'x'", "clusters.b.role: Input should be"),
         ("[clusters.b]\nrole = 'broker'", "clusters.b.replication_group: Field required"),

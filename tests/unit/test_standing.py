@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -31,14 +32,24 @@ def result(task_id: str, state: str) -> dict[str, Any]:
     return {"task_id": task_id, "state": state}
 
 
+NESTED = canvas("chain", tasks=[leaf("a"), canvas("chord", header=canvas("group", tasks=[leaf("b")]), body=leaf("c"))])
+
+
+def stored(payload: bytes | None, kind: str | None = "application/json", encoding: str = "utf-8") -> dict[str, Any]:
+    return {"callback_id": "x", "callback": payload, "callback_type": kind, "callback_encoding": encoding}
+
+
 def test_the_tasks_of_a_callback() -> None:
-    nested = canvas(
-        "chain", tasks=[leaf("a"), canvas("chord", header=canvas("group", tasks=[leaf("b")]), body=leaf("c"))]
-    )
-    assert task_ids("x", json.dumps(nested).encode(), "application/json") == ("a", "b", "c")
-    assert task_ids("x", b"...", "application/x-python-serialize") == ("x",)
-    assert task_ids("x", b"[", "application/json") == ("x",)
-    assert task_ids("x", None, None) == ("x",)
+    assert task_ids(stored(json.dumps(NESTED).encode())) == ("a", "b", "c")
+    assert task_ids(stored(b"[")) == ("x",)
+    assert task_ids(stored(None, None)) == ("x",)
+
+
+def test_what_may_not_be_decoded_is_known_by_its_own_id_and_is_not_decoded() -> None:
+    pickled = stored(pickle.dumps(NESTED), "application/x-python-serialize", "binary")
+    assert task_ids(pickled, ["json", "pickle"]) == ("a", "b", "c")
+    assert task_ids(pickled) == ("x",)
+    assert task_ids({**pickled, "callback": b"..."}, ["pickle"]) == ("x",)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 from celery import Celery
+from celery.exceptions import ImproperlyConfigured
 
 from patchpilot.clock import FakeClock
 from patchpilot.errors import NeedsOperator, Transient
@@ -14,7 +15,7 @@ from patchpilot.recovery.at_hand import at_hand
 from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper
 from patchpilot.recovery.turns import Turn
 from patchpilot.settings import Recovery
-from patchpilot.workers.application import site_of
+from patchpilot.workers.application import Site, site_of
 
 AGE = timedelta(minutes=5)
 SLACK = 30.0
@@ -168,6 +169,9 @@ def test_a_broker_whose_url_cannot_be_read_is_refused_without_its_secret(url: st
 def test_a_worker_counts_as_dead_after_as_long_as_for_the_command_line() -> None:
     app = Celery("at-hand", set_as_current=False)
     app.conf.update(broker_url="redis://", patchpilot_postgres="postgresql://h/x")
-    assert at_hand(app)[0].dead_after == Recovery().dead_after
+    assert at_hand(app)[0].dead_after == Recovery().dead_after == Site("redis://", "").dead_after
     app.conf.patchpilot_recovery_dead_after = 7
     assert at_hand(app)[0].dead_after == timedelta(seconds=7)
+    app.conf.patchpilot_recovery_dead_after = 3
+    with pytest.raises(ImproperlyConfigured, match=r"^patchpilot_recovery_dead_after is 3: it must be 4s or more"):
+        at_hand(app)

@@ -12,7 +12,7 @@ from django.db.models import Count, IntegerField, OuterRef, QuerySet, Subquery
 from django.http import HttpRequest
 
 from patchpilot.clock import SYSTEM
-from patchpilot.contrib.django.conf import alias, dsn, site
+from patchpilot.contrib.django.conf import alias, celery_app, dsn, site
 from patchpilot.contrib.django.models import Chord, ChordPart
 from patchpilot.dsn import mask
 from patchpilot.durations import LONGEST, ago
@@ -103,7 +103,7 @@ class ChordAdmin(Admin):
     def why(self, chord: Chord) -> str:
         """Where it stands: why its callback has run, or has not."""
         with Database(dsn(), budget=0) as database:
-            return life(database, chord.group_id).why
+            return life(database, chord.group_id, celery_app().conf.accept_content).why
 
     @admin.action(permissions=["recover"], description="Recover what is stuck of the selected chords")
     def recover(self, request: HttpRequest, queryset: QuerySet[Chord]) -> None:

@@ -31,7 +31,7 @@ ORDER BY broker
 -- name: chord
 SELECT c.group_id, c.state::text, c.callback_id, c.callback_name, c.created_at, c.finished_at, c.claims, c.claim_until,
        c.claim_until < now() AS claim_over, c.publish_error, c.unrecoverable, c.generating, c.counting, c.shadow, c.callback,
-       c.callback_type
+       c.callback_type, c.callback_encoding
 FROM patchpilot.chord c WHERE c.group_id = %(id)s OR c.callback_id = %(id)s
 ORDER BY c.created_at DESC LIMIT 1
 

@@ -1,7 +1,8 @@
 -- What recovery reads, and the guards under which it writes.
 
 -- name: open_chords
--- Every chord whose callback is not out yet and that made no progress for a while.
+-- Every chord whose callback is not out yet and that made no progress for a while; and how many made progress too lately
+-- or too long ago to be looked at. There is always a row: with no group_id if there is nothing to look at.
 WITH open_chord AS (
     SELECT c.group_id, c.callback_id, c.callback_name, c.state = 'claimed' AS claimed, c.publish_error, c.shadow,
            c.counting, c.unrecoverable,
@@ -41,10 +42,14 @@ WITH open_chord AS (
     WHERE c.state IN ('open', 'claimed') AND c.callback_name <> 'patchpilot.canary'
       AND (c.broker IS NULL OR c.broker = ANY(%(brokers)s::text[]))
 )
-SELECT *, now() - progress_at AS age
-FROM open_chord
-WHERE progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
-ORDER BY progress_at, group_id
+SELECT outside.*, found.*, now() - found.progress_at AS age
+FROM (
+    SELECT count(*) FILTER (WHERE progress_at > now() - %(min_age)s) AS young,
+           count(*) FILTER (WHERE progress_at < now() - %(max_age)s) AS old
+    FROM open_chord
+) outside
+LEFT JOIN open_chord found ON found.progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+ORDER BY found.progress_at, found.group_id
 
 -- name: distrust_counts
 -- A count in Valkey that was cut short shows only when the last part has returned, and that may be long after recovery. From here
@@ -67,7 +72,7 @@ WITH part AS (
     GROUP BY open_group.group_id, p.task_id
 )
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
-       o.sent_at, o.resends, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
+       o.sent_at, o.resends, o.pushes, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
        coalesce(f.finished, false) OR ((r.task_id IS NOT NULL OR part.task_id IS NOT NULL) AND NOT EXISTS (
            SELECT FROM patchpilot.chord_part p
            JOIN patchpilot.chord_part same USING (group_id, task_id)
@@ -94,9 +99,18 @@ LEFT JOIN LATERAL (
 ) f ON true
 LEFT JOIN part
     ON part.group_id = o.group_id AND part.task_id = o.task_id AND part.returned_at >= o.recorded_at
-WHERE o.sent_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+WHERE o.sent_at <= now() - %(min_age)s
+  -- The message of a chord that goes on without it is never too old.
+  AND (o.sent_at >= now() - %(max_age)s OR o.group_id = ANY(%(group_ids)s::text[]))
   AND (o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[]))
 ORDER BY o.sent_at, o.message_id
+
+-- name: outside
+-- How many messages are too young or too old to be looked at.
+SELECT count(*) FILTER (WHERE sent_at > now() - %(min_age)s) AS young,
+       count(*) FILTER (WHERE sent_at < now() - %(max_age)s AND NOT coalesce(group_id = ANY(%(group_ids)s::text[]), false)) AS old
+FROM patchpilot.outbox
+WHERE broker IS NULL OR broker = ANY(%(brokers)s::text[])
 
 -- name: last_parts
 -- The tasks that would finish these chords, or return a part to them: those that returned last, and those that ended
@@ -152,13 +166,18 @@ FROM unnest(%(group_ids)s::text[], %(task_ids)s::text[], %(states)s::text[], %(p
 WHERE p.group_id = ended.group_id AND p.task_id = ended.task_id AND p.state IS NULL
 RETURNING p.group_id
 
+-- name: failed
+-- The callbacks of those of these chords that were ended as failed: no process will return them as parts.
+SELECT callback_id, callback, callback_type, callback_encoding FROM patchpilot.chord
+WHERE group_id = ANY(%(group_ids)s) AND state = 'failed'
+
 -- name: around
--- Open chords that wait for the callback of one of these, which were ended as failed: no process will return that part.
-SELECT DISTINCT c.group_id, c.callback_name, inner_chord.callback_id
-FROM patchpilot.chord inner_chord
-JOIN patchpilot.chord_part p ON p.task_id = inner_chord.callback_id AND p.state IS NULL
-JOIN patchpilot.chord c ON c.group_id = p.group_id AND c.state IN ('open', 'claimed') AND NOT c.shadow
-WHERE inner_chord.group_id = ANY(%(group_ids)s) AND inner_chord.state = 'failed' AND c.publish_error IS NULL
+-- Open chords that wait for one of these tasks.
+SELECT DISTINCT ON (c.group_id) c.group_id, c.callback_name, p.task_id
+FROM patchpilot.chord c
+JOIN patchpilot.chord_part p ON p.group_id = c.group_id AND p.task_id = ANY(%(task_ids)s) AND p.state IS NULL
+WHERE c.state IN ('open', 'claimed') AND NOT c.shadow AND c.publish_error IS NULL
+ORDER BY c.group_id, p.position
 
 -- name: take
 -- Compare and set: of several recoveries that saw the same loss, one gets the message.
@@ -168,6 +187,10 @@ FROM unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, re
 WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
 RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key, o.headers, o.properties, o.body,
           o.content_type, o.content_encoding
+
+-- name: pushed
+-- These have reached the broker.
+UPDATE patchpilot.outbox SET pushes = pushes + 1 WHERE message_id = ANY(%(message_ids)s::uuid[])
 
 -- name: revoke
 -- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it.
@@ -179,17 +202,30 @@ WITH gone AS (
           SELECT FROM patchpilot.chord_part p
           WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
       )
-      AND NOT EXISTS (
-          SELECT FROM patchpilot.result r
-          WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+      AND (
+          NOT EXISTS (
+              SELECT FROM patchpilot.result r
+              WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+                AND r.stored_at >= o.recorded_at
+          )
+          -- A task that is in the header more than once: the result is that of another message.
+          OR EXISTS (
+              SELECT FROM patchpilot.chord_part p
+              JOIN patchpilot.chord_part same USING (group_id, task_id)
+              WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND same.position <> p.position
+          )
       )
-    RETURNING o.task_id, seen.meta
+    RETURNING o.task_id, o.recorded_at, seen.meta
+), latest AS (
+    SELECT DISTINCT ON (task_id) * FROM gone ORDER BY task_id, recorded_at DESC
 )
 INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM gone
+SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
 ON CONFLICT (task_id) DO UPDATE
 SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
-WHERE r.state <> 'SUCCESS'
+-- What its other message came to stays; what it came to when it was sent before does not.
+WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
+   OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here.

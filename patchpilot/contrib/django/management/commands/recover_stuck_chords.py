@@ -15,6 +15,7 @@ from patchpilot.durations import ago, parse_duration
 from patchpilot.errors import Exit, PatchpilotError
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
+from patchpilot.recovery.quiet import headline, rest
 
 KINDS: tuple[Kind, ...] = ("chord", "callback")
 
@@ -49,15 +50,14 @@ class Command(BaseCommand):
         if window.min_age >= window.max_age:
             raise CommandError("the window is empty: --min-age must be below --max-age", returncode=int(Exit.USAGE))
         with Recovery(where, complain=self._complain) as recovery:
-            if dry_run:
-                findings, done = recovery.survey(window, KINDS), None
-            else:
-                sweep = recovery.sweep(window, only=KINDS)
-                findings, done = sweep.findings, {(it.kind, it.id) for it in sweep.applied}
-        for finding in findings:
+            sweep = recovery.look(window, KINDS) if dry_run else recovery.sweep(window, only=KINDS)
+        done = None if dry_run else {(it.kind, it.id) for it in sweep.applied}
+        for finding in sweep.findings:
             self.stdout.write(_line(finding, done))
-        if not findings:
-            self.stdout.write("nothing is stuck")
+        if not sweep.findings:
+            self.stdout.write(headline(sweep.quiet, KINDS))
+        for line in rest(sweep.findings, sweep.quiet, window, KINDS):
+            self.stdout.write(line)
         if self._failed:
             raise CommandError(f"{self._failed} could not be recovered", returncode=int(Exit.ERROR))
 

@@ -1,0 +1,71 @@
+"""Nobody is told that nothing is stuck while chords are open that nobody has judged."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import pytest
+import redis
+from celery import chord
+
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery import Recovery, Site, Window
+from tests.support.commands import configured, patchpilot
+from tests.support.processes import Shop
+from tests.support.shop import add, total
+
+pytestmark = pytest.mark.backend
+
+
+def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
+    config = configured(shop)
+    assert patchpilot("recover", "--dry-run", "--config", config).stderr == "nothing is stuck\n"
+    old, _, _ = (chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async() for _ in range(3))
+    young = patchpilot("recover", "--dry-run", "--config", config)
+    assert young.stderr.splitlines() == [
+        "nothing is stuck of what was looked at",
+        "not looked at: 3 chords with progress in the last 5m 0s",
+        "not looked at: 6 messages with progress in the last 5m 0s",
+    ]
+    with Database(shop.dsn) as database:
+        for statement in (
+            "UPDATE patchpilot.chord SET created_at = now() - interval '2 d' WHERE group_id = %s",
+            "UPDATE patchpilot.outbox SET sent_at = now() - interval '2 d' WHERE group_id = %s",
+        ):
+            database.execute(statement, (old.parent.id,))
+    for arguments in (("recover",), ("recover", "--dry-run")):
+        assert patchpilot(*arguments, "--min-age", "0s", "--config", config).stderr.splitlines() == [
+            "nothing is stuck of what was looked at",
+            "open: 2 chords under way; messages of their headers: 4 in queues, none with a worker",
+            "not looked at: 1 chord without progress for 1d 0h",
+            "not looked at: 2 messages without progress for 1d 0h",
+        ]
+    assert patchpilot("chords", "--config", config).stderr.splitlines()[1:] == [
+        "not looked at: 2 chords with progress in the last 5m 0s",
+        "not looked at: 1 chord without progress for 1d 0h",
+        "not looked at: 4 messages with progress in the last 5m 0s",
+        "not looked at: 2 messages without progress for 1d 0h",
+    ]
+    data = json.loads(
+        patchpilot("recover", "--dry-run", "--min-age", "0s", "--output", "json", "--config", config).stdout
+    )
+    assert data["quiet"] == {
+        "chords": {"at-work": 2}, "headers": {"queued": 4, "held": 0}, "others": {"queued": 0, "held": 0},
+        "outside": {"young": 0, "old": 1},
+        "messages_outside": {"young": 0, "old": 2},
+    }  # fmt: skip
+
+
+def test_a_lost_message_of_a_chord_that_goes_on_is_not_too_old_to_be_looked_at(shop: Shop) -> None:
+    result = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async()
+    with redis.Redis.from_url(shop.broker) as broker, Database(shop.dsn) as database:
+        broker.delete("celery")
+        database.execute(
+            "UPDATE patchpilot.outbox SET sent_at = now() - interval '2 d' WHERE task_id = %s",
+            (result.parent.results[0].id,),
+        )
+    with Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        look = recovery.look(Window(timedelta(0), timedelta(days=1)))
+    [found] = look.findings
+    assert (found.diagnosis, len(found.messages), look.quiet.messages_outside.old) == ("header-message-lost", 2, 0)

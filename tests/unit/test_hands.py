@@ -1,0 +1,30 @@
+"""What a person is told of workers that may have something and do not say so."""
+
+from __future__ import annotations
+
+import pytest
+
+from patchpilot.recovery.hands import Hands
+
+
+@pytest.mark.parametrize(
+    ("hands", "words"),
+    [
+        (Hands(silent=frozenset({"b@h", "a@h"})), "alive and without an answer: a@h, b@h"),
+        (Hands(strangers=2), "2 more that listen to the broker as workers do have not answered"),
+        (Hands(unread=True), "has been sent something that nobody can look into"),
+        (Hands(places=None), "workers without patchpilot"),
+        (Hands(places=frozenset({"celery"})), "workers without patchpilot"),
+        (Hands(unreached=frozenset({"/0.mine.pidbox"})), "workers listen on /0.mine.pidbox, where they are not asked"),
+    ],
+)
+def test_whoever_may_have_something_is_named(hands: Hands, words: str) -> None:
+    [doubt] = hands.doubts
+    assert words in doubt
+    assert hands.may_have({"queue": "celery", "routing_key": "celery", "exchange": ""})
+
+
+def test_where_everybody_has_answered_there_is_no_doubt() -> None:
+    hands = Hands(answered=frozenset({"i"}))
+    assert hands.doubts == ()
+    assert not hands.may_have({"queue": "celery", "routing_key": "celery", "exchange": ""})
