@@ -299,6 +299,27 @@ def test_an_approval_is_for_what_was_shown_and_for_nothing_else(tmp_path: Path) 
     assert flow.world.applied[0] - asked >= timedelta(minutes=30)
 
 
+@pytest.mark.parametrize("refused_by", ["aws", "pre-flight", "a world that changed and changed back"])
+def test_an_approval_stays_good_for_its_plan_after_a_refusal(tmp_path: Path, refused_by: str) -> None:
+    flow = waiting(tmp_path)
+    flow.world.ask(Ask.APPROVE, digest=pending(flow))
+    if refused_by == "aws":
+        flow.world.surprises["apply"] = [NeedsOperator("AWS denies access")]
+        flow.refuses(NeedsOperator)
+    elif refused_by == "pre-flight":
+        flow.crash((Kind.REACHED, "approve"))
+        flow.world.group_changes = {"automatic_failover": "disabled"}
+        flow.refuses(Blocked)
+        flow.world.group_changes = {}
+    else:
+        flow.crash((Kind.REACHED, "approve"))
+        flow.world.change(primary=NAMES[1])
+        flow.crash((Kind.OBSERVED, "approve"))
+        flow.world.change(primary=NAMES[0])
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), len(flow.world.requests)) == ("done", 1, 1)
+
+
 def test_what_begins_by_itself_needs_no_approval_any_more(tmp_path: Path) -> None:
     flow = waiting(tmp_path)
     flow.world.initiator = "system"

@@ -11,12 +11,13 @@ import psycopg
 import pytest
 
 from patchpilot.cli import asking
+from patchpilot.cli.approving import approve
 from patchpilot.cli.console import Output
 from patchpilot.cli.run import _Pilot
 from patchpilot.cli.status import status
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask, approval, hold, stop
-from patchpilot.errors import NothingToDo, ResumeLater, Usage
+from patchpilot.errors import NothingToDo
 from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.order import Order, settle
 from patchpilot.postgres import requests
@@ -27,6 +28,10 @@ from patchpilot.settings import Cluster, Settings
 from tests.integration.test_journal import Forgetful
 
 KEY = "0123456789abcdef"
+PROPOSAL = {
+    "operation": "service-update", "what": "service update u", "group": "b", "primary": "b-001",
+    "order": ["b-002", "b-001"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -138,18 +143,11 @@ def test_the_commands_say_at_once_when_they_can_have_no_effect(
     journal = begin(database, Order(approve_before="trigger"))
     with pytest.raises(NothingToDo, match="is not told to pause"):
         asking.resume("broker", config)
-    with pytest.raises(ResumeLater, match="does not wait for an approval yet"):
-        asking.approve("broker", config)
     journal.append(Kind.INTENDED, "trigger", "approve")
-    journal.append(Kind.OBSERVED, "trigger", "approve", {"digest": KEY, "proposal": {"what": "service update u"}})
-    with pytest.raises(Usage, match=f"what waits is plan {KEY}"):
-        asking.approve("broker", config, "f" * 16)
+    journal.append(Kind.OBSERVED, "trigger", "approve", {"digest": KEY, "proposal": PROPOSAL})
     status(journal.run_id, config)
     assert f"waits for the approval of plan {KEY}: service update u" in capsys.readouterr().out
-    asking.approve("broker", config, KEY, "looks fine", Output.JSON)
-    told = capsys.readouterr()
-    assert json.loads(told.out)["digest"] == KEY
-    assert f"approved: service update u (plan {KEY})" in told.err
+    approve("broker", config, KEY, "looks fine")
     asking.pause("broker", config)
     with pytest.raises(NothingToDo, match="is to pause already"):
         asking.pause("broker", config)
@@ -173,7 +171,7 @@ def test_the_commands_say_at_once_when_they_can_have_no_effect(
 def test_what_aws_cannot_stop_and_what_is_over_is_not_asked_to_stop(database: Database, config: Path) -> None:
     journal = begin(database, Order(Do.ENGINE_UPGRADE, engine_version="9.2"))
     with pytest.raises(NothingToDo, match="needs no approval"):
-        asking.approve("broker", config)
+        approve("broker", config)
     journal.append(Kind.INTENDED, "trigger", "trigger")
     journal.append(Kind.REACHED, "trigger", "trigger")
     with pytest.raises(NothingToDo, match=r"AWS offers no way to stop a running engine upgrade to 9\.2"):
