@@ -10,13 +10,28 @@ Json = dict[str, Any]
 
 _VERDICTS = {
     "done": "**Done and proven.** The operation is complete on every node; every claim below held at the same moment.",
-    "aborted": "**Aborted.** The update was stopped before it was complete, or never begun.",
+    "aborted": "**Aborted** before anything was started.",
     "nothing-to-do": "**Nothing to do.** Nothing was changed.",
     "blocked": "**Blocked by pre-flight.** The cluster was not touched.",
     "verification-failed": "**Not proven.** The runbook ran, but not every claim holds. The same command tries again.",
     "stopped": "**Stopped.** Somebody has to see to it; then the same command goes on from here.",
     "unfinished": "**Not finished.** The same command goes on from here.",
 }
+
+_ABORTED = {
+    "complete": "**Aborted, but complete.** It was to be stopped; AWS has completed it on every node all the same.",
+    "stopped": "**Aborted.** It was stopped before it was complete on every node.",
+    "not-begun": "**Aborted.** It was to be stopped, and AWS shows that it does not run.",
+    "not-applicable": "**Aborted.** It was to be stopped, and applies no longer: a newer one may have superseded it.",
+    "unknown": "**Aborted.** It was to be stopped, and AWS does not show what has become of it.",
+    None: "**Aborted.** It was to be stopped.",
+}
+
+
+def _verdict_of(report: Json) -> str:
+    """How it ended, in a sentence or two."""
+    aborted = report["outcome"] == "aborted" and report["abort"]
+    return _ABORTED[report["abort"]["came_to"]] if aborted else _VERDICTS[report["outcome"]]
 
 
 def markdown(report: Json) -> str:
@@ -30,7 +45,7 @@ def markdown(report: Json) -> str:
 
 
 def _head(report: Json) -> list[str]:
-    lines = [f"# Patch of {report['cluster']} ({report['environment']})", "", _VERDICTS[report["outcome"]]]
+    lines = [f"# Patch of {report['cluster']} ({report['environment']})", "", _verdict_of(report)]
     if report["why"]:
         lines += ["", f"> {_line(report['why'])}"]
     facts = [
@@ -66,8 +81,11 @@ def _abort(report: Json) -> list[str]:
     how = {0: "without a request of this run", None: "it is being stopped"}.get(
         abort["requests"], "AWS was asked to stop it"
     )
-    rows = [("Why", abort["why"]), ("By", abort["by"]), ("How", how), ("Status in the end", abort["status"])]
-    return _section("Aborted", "Nodes in progress were finished; nothing was rolled back.", _table(("", ""), rows))
+    if abort["given_up"]:
+        how = f"given up, because AWS did not show that it began; {how}"
+    rows = [("Why", abort["why"]), ("By", abort["by"]), ("How", how), ("Last status", abort["status"])]
+    text = "Nodes in progress were finished; nothing was rolled back." if abort["came_to"] == "stopped" else ""
+    return _section("Aborted", text, _table(("", ""), rows))
 
 
 def _claims(report: Json) -> list[str]:
@@ -102,7 +120,7 @@ def _how(update: Json) -> str | None:
     if update["how"] == "adopted":
         return f"adopted: it ran already{who}"
     if update["how"] == "requested":
-        return "requested by this run and given up: AWS did not show that it began"
+        return f"requested by this run, and given up before AWS showed that it began{who}"
     again = (
         f" ({update['attempts']} attempts: those before the last were interrupted)" if update["attempts"] > 1 else ""
     )
@@ -110,22 +128,30 @@ def _how(update: Json) -> str | None:
 
 
 def _nodes(report: Json) -> list[str]:
+    head, rows = _node_table(report)
+    return _section("Nodes", "", _table(head, rows)) if rows else []
+
+
+def _node_table(report: Json) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """How far each node came; and what it was and is, of what the operation is about and of what has changed."""
+    nodes = report["nodes"]
+    by_type = report["operation"]["kind"] == "node-type"
+    versions = not by_type or any(_version(each, "before") != _version(each, "after") for each in nodes)
+    types = by_type or any(each["node_type_before"] != each["node_type_after"] for each in nodes)
+    head: tuple[str, ...] = ("Node", "Update", "Began", "Ended")
+    head += (("Version before", "Version after") if versions else ()) + (("Type before", "Type after") if types else ())
     rows = [
-        (
-            each["node"],
-            each.get("status"),
-            _at(each.get("started")),
-            _at(each.get("ended")),
-            each["engine_version_before"],
-            each["engine_version_after"],
-        )
-        for each in report["nodes"]
+        (each["node"], each.get("status"), _at(each.get("started")), _at(each.get("ended")))
+        + ((_version(each, "before"), _version(each, "after")) if versions else ())
+        + ((each["node_type_before"], each["node_type_after"]) if types else ())
+        for each in nodes
     ]
-    return (
-        _section("Nodes", "", _table(("Node", "Update", "Began", "Ended", "Version before", "After"), rows))
-        if rows
-        else []
-    )
+    return head, rows
+
+
+def _version(node: Json, when: str) -> str:
+    """``valkey 8.1.0``"""
+    return " ".join(filter(None, (node[f"engine_{when}"], node[f"engine_version_{when}"])))
 
 
 def _failovers(report: Json) -> list[str]:

@@ -13,9 +13,21 @@ import pytest
 from patchpilot.elasticache.facts import Modification, Unprocessed
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask
-from patchpilot.errors import Aborted, Blocked, NeedsOperator, NothingToDo, PatchpilotError, Throttled, Unsafe
+from patchpilot.errors import (
+    Aborted,
+    Blocked,
+    NeedsOperator,
+    NothingToDo,
+    PatchpilotError,
+    Throttled,
+    Unsafe,
+    VerificationFailed,
+)
 from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.order import Order
+from patchpilot.postgres.journal import Run
+from patchpilot.recovery.findings import Remedy
+from patchpilot.report import build, markdown
 from tests.crash.flow import ORDERS, Flow, arranged, substance
 from tests.crash.killing import Kill, Side
 from tests.crash.world import GROUP, NAMES, RUNBOOK, UPDATE, stuck
@@ -39,13 +51,31 @@ def test_each_kind_crashed_at_every_entry_ends_in_the_same_state_and_is_started_
         assert len(flow.world.applied) == len(calm.world.applied), death
 
 
-def test_the_report_of_an_upgrade_shows_the_versions_before_and_after(tmp_path: Path) -> None:
-    flow = arranged(tmp_path, "engine-upgrade")
-    flow.run()
-    shown = {(it["engine_version_before"], it["engine_version_after"]) for it in flow.report()["nodes"]}
-    [(before, after)] = shown
-    assert before != after
-    assert after.startswith("8.1")
+@pytest.mark.parametrize("proven", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("engine-upgrade", ["Version before | Version after", "| valkey 8.0.1 | valkey 8.1 |"]),
+        ("node-type", ["Type before | Type after", "| cache.r7g.large | cache.r7g.xlarge |"]),
+        ("service-update", ["Version before | Version after", "| valkey 8.0.1 | valkey 8.0.1 |"]),
+    ],
+)
+def test_the_report_shows_of_each_node_what_the_operation_is_about(
+    tmp_path: Path, kind: str, shown: list[str], proven: bool
+) -> None:
+    """Before and after; also if it could not be proven good."""
+    flow = arranged(tmp_path, kind)
+    if not proven:
+        flow.in_(1, lambda: flow.world.stick(stuck("odd", Remedy.NONE)))
+        flow.refuses(VerificationFailed)
+        page = markdown(build(flow.journal.entries(), Run("run", "test", "broker", flow.clock.now())))
+    else:
+        flow.run()
+        page = next(tmp_path.glob("*/report.md")).read_text()
+    section = page.partition("## Nodes")[2].partition("##")[0]
+    assert [section.count(each) for each in shown] == [1, 3]
+    assert ("Type" in section) == (kind == "node-type")
+    assert ("Version" in section) == (kind != "node-type")
 
 
 @pytest.mark.parametrize("kind", ["engine-upgrade", "node-type", "test-failover"])

@@ -130,6 +130,51 @@ def test_what_aws_never_lists_again_can_be_given_up_and_its_failover_is_dealt_wi
     assert ("operation-stopped", True) in substance(flow)["claims"]
 
 
+@pytest.mark.parametrize(
+    ("update", "came_to", "words"),
+    [
+        (UpdateStatus.COMPLETE, "complete", "**Aborted, but complete.**"),
+        (UpdateStatus.STOPPED, "stopped", "stopped before it was complete"),
+        (UpdateStatus.NOT_APPLICABLE, "not-applicable", "applies no longer"),
+        (None, "unknown", "AWS does not show what has become of it"),
+    ],
+)
+def test_the_report_of_a_run_that_was_given_up_says_what_became_of_it(
+    tmp_path: Path, update: str | None, came_to: str, words: str
+) -> None:
+    """AWS lists it again, if it does, only after the run has gone on to its grace."""
+    flow, shown = Flow(tmp_path), {}
+    unlisted(flow, shown)
+    flow.in_(5, lambda: flow.world.ask(Ask.STOP))
+    flow.crash((Kind.INTENDED, "grace"))
+    if update:
+        shown.update(again=True)
+        rows = {name: replace(row, status=update) for name, row in flow.world.now.nodes.items()}
+        flow.world.change(update=update, nodes=rows, status="available")
+    flow.run()
+    report, page = flow.report(), next(tmp_path.glob("*/report.md")).read_text()
+    assert (flow.outcome, report["abort"]["came_to"], report["abort"]["given_up"]) == ("aborted", came_to, True)
+    assert report["update"]["status"] == report["abort"]["status"]
+    assert report["abort"]["status"] == (update or None)
+    assert {row.get("status") for row in report["nodes"]} == {update}
+    assert words in page
+    assert "given up, because AWS did not show that it began" in page
+    assert ("Nodes in progress were finished" in page) == (update == UpdateStatus.STOPPED)
+
+
+def test_the_report_of_a_request_that_came_to_nothing_says_that_it_does_not_run(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "node-type")
+    flow.world.modify = lambda group, change: flow.world.applied.append(flow.clock.now()) or Application("modifying")  # type: ignore[method-assign, func-returns-value]
+    flow.refuses(Unsafe)
+    flow.world.ask(Ask.STOP)
+    flow.run()
+    assert flow.report()["abort"]["came_to"] == "not-begun"
+    page = next(tmp_path.glob("*/report.md")).read_text()
+    assert "AWS shows that it does not run" in page
+    assert "Type before | Type after" in page
+    assert "| cache.r7g.large | cache.r7g.large |" in page
+
+
 def test_stopped_by_a_colleague_while_aws_lists_nothing_it_ends_by_itself(tmp_path: Path) -> None:
     flow, shown = Flow(tmp_path), {}
     unlisted(flow, shown)

@@ -159,14 +159,17 @@ ABORT = {"why": "stop asked for by ann on laptop", "by": "ann on laptop"}
 
 
 @pytest.mark.parametrize(
-    ("stopped", "how"),
+    ("stopped", "came_to", "how"),
     [
-        ({"status": "stopped", "attempts": 1}, "AWS was asked to stop it"),
-        ({"status": "complete", "attempts": 0}, "without a request of this run"),
-        (None, "it is being stopped"),
+        ({"status": "stopped", "attempts": 1}, "stopped", "AWS was asked to stop it"),
+        ({"status": "complete", "attempts": 0}, "complete", "without a request of this run"),
+        ({"status": "a word of tomorrow", "attempts": 0}, None, "without a request of this run"),
+        (None, None, "it is being stopped"),
     ],
 )
-def test_an_aborted_rotation_says_why_by_whom_and_how(stopped: dict[str, Any] | None, how: str) -> None:
+def test_an_aborted_rotation_says_why_by_whom_and_how(
+    stopped: dict[str, Any] | None, came_to: str | None, how: str
+) -> None:
     lines = [
         say(Kind.STARTED),
         say(Kind.INTENDED, "watch"),
@@ -179,6 +182,7 @@ def test_an_aborted_rotation_says_why_by_whom_and_how(stopped: dict[str, Any] | 
     report = made(journal(*lines))
     assert report["abort"] == {
         **ABORT, "status": stopped and stopped["status"], "requests": stopped and stopped["attempts"],
+        "given_up": False, "came_to": came_to,
     }  # fmt: skip
     assert report["outcome"] == ("aborted" if stopped else "unfinished")
     assert (report["why"], report["finished_at"] is None) == ((ABORT["why"], False) if stopped else (None, True))
