@@ -61,9 +61,7 @@ def plan(
     waivers. Exit code 3 if there is nothing to do.
     """
     settings = read_settings(config)
-    pause = settings.runbook
-    changed = pause.model_copy(update={"grace": duration(grace, pause.grace, "--grace")})
-    settings = settings.model_copy(update={"runbook": changed})
+    settings = settings.with_grace(duration(grace, settings.runbook.grace, "--grace"))
     settings.cluster(cluster)
     asked = {
         "operation": operation, "update": update, "engine": engine, "engine_version": engine_version,

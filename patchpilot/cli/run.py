@@ -96,6 +96,8 @@ def run(
         for name, text in (("grace", grace), ("time_budget", time_budget))
         if text is not None
     }
+    if "grace" in waits:
+        settings.with_grace(waits["grace"])  # what cannot be is refused before anything is touched
     asked = {
         "operation": operation, "update": update, "engine": engine, "engine_version": engine_version,
         "parameter_group": parameter_group, "node_type": node_type, "plan": plan, "approve_before": approve_before,
