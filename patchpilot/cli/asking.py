@@ -101,7 +101,8 @@ def _refuse_to_stop(run: Run) -> None:
         raise NothingToDo(f"run {run.id} is to stop already")
     if run.step("stop").reached or run.step("grace").intent:
         raise NothingToDo(f"the rotation of run {run.id} is over: there is nothing to stop")
-    if run.step("trigger").reached and not OPERATIONS[order.operation].stoppable:
+    takes_too_long = run.step("watch").contradicted is not None
+    if run.step("trigger").reached and not OPERATIONS[order.operation].stoppable and not takes_too_long:
         raise NothingToDo(f"AWS offers no way to stop a running {order.title}: run {run.id} goes on watching it")
 
 

@@ -20,7 +20,7 @@ from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import clock_time, length, moment, noted
 from patchpilot.phases.operations import GIVE_UP, Operation, Sign, Standing, operation
 from patchpilot.phases.proposal import changes, propose
-from patchpilot.phases.rotation import NO_TIME
+from patchpilot.phases.rotation import ASTRAY, NO_TIME
 from patchpilot.phases.sight import Sight, look_around
 from patchpilot.settings import Runbook
 
@@ -164,7 +164,7 @@ def _not_started(view: View, at: Standing, settle: timedelta, settles: int, boun
         return _after_refusal(view, last, settle)
     if last.interrupted:
         # Whoever takes the run up may be on a host whose clock is ahead of the one that dated the request.
-        until = max(last.at, view.since) + settles * settle
+        until = min(max(last.at, view.since), last.at + ASTRAY) + settles * settle
         if view.now < until:
             return NotYet(f"{_request(last)}; does AWS show it?", until=until)
         return _wait(view, bound, f"{_request(last)} and AWS shows nothing of it", act=True)

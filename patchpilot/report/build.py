@@ -30,6 +30,7 @@ _CAME_TO = {
     "over": "complete", "complete": "complete", "stopped": "stopped", "stopping": "stopped", "ready": "not-begun",
     "not-applied": "not-begun", "scheduled": "not-begun", "impossible": "not-applicable",
     "not-applicable": "not-applicable", "unknown": "unknown",
+    "running": "incomplete",
 }  # fmt: skip
 """What an operation that was to be stopped came to, by what its proof says, or else by AWS's status of the update."""
 

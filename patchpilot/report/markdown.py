@@ -23,6 +23,7 @@ _ABORTED = {
     "stopped": "**Aborted.** It was stopped before it was complete on every node.",
     "not-begun": "**Aborted.** It was to be stopped, and AWS shows that it does not run.",
     "not-applicable": "**Aborted.** It was to be stopped, and applies no longer: a newer one may have superseded it.",
+    "incomplete": "**Aborted.** It was given up before it was complete, when nothing was under way any more.",
     "unknown": "**Aborted.** It was to be stopped, and AWS does not show what has become of it.",
     None: "**Aborted.** It was to be stopped.",
 }

@@ -168,7 +168,7 @@ def test_the_commands_say_at_once_when_they_can_have_no_effect(
     ]  # fmt: skip
 
 
-def test_what_aws_cannot_stop_and_what_is_over_is_not_asked_to_stop(database: Database, config: Path) -> None:
+def test_what_aws_cannot_stop_is_not_asked_to_stop_unless_it_takes_too_long(database: Database, config: Path) -> None:
     journal = begin(database, Order(Do.ENGINE_UPGRADE, engine_version="9.2"))
     with pytest.raises(NothingToDo, match="needs no approval"):
         approve("broker", config)
@@ -176,6 +176,15 @@ def test_what_aws_cannot_stop_and_what_is_over_is_not_asked_to_stop(database: Da
     journal.append(Kind.REACHED, "trigger", "trigger")
     with pytest.raises(NothingToDo, match=r"AWS offers no way to stop a running engine upgrade to 9\.2"):
         asking.stop("broker", config)
+    journal.append(Kind.INTENDED, "watch", "watch")
+    journal.append(Kind.CONTRADICTED, "watch", "watch", {"why": "it has not come to its end"})
+    asking.stop("broker", config)  # it takes too long: the run may be able to give it up
+    [asked] = requests.requests(database, journal.run_id)
+    assert asked.ask is Ask.STOP
+
+
+def test_what_is_over_is_not_asked_to_stop(database: Database, config: Path) -> None:
+    journal = begin(database)
     journal.append(Kind.INTENDED, "grace", "grace")
     with pytest.raises(NothingToDo, match="is over: there is nothing to stop"):
         asking.stop("broker", config)
