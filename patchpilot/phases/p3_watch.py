@@ -100,8 +100,8 @@ class FollowRotation(_Following):
         return _with_unwatched(view, seen, found.unread)
 
     def _can_stop(self, view: View, at: Standing) -> bool:
-        """Whether AWS can stop it; or there is nothing to stop: it was given up and never began, or it takes too long and
-        nothing is under way any more."""
+        """Whether AWS can stop it; or there is nothing to stop: it was given up and never began, or it takes too long
+        and nothing is under way any more."""
         never_began = at.sign in RESTING and "given_up" in view.facts["trigger"]
         came_to_nothing = view.contradicted_at is not None and at.calm
         return self._operation.stoppable or never_began or came_to_nothing

@@ -251,7 +251,7 @@ def test_what_is_still_under_way_is_not_given_up(tmp_path: Path) -> None:
         words = flow.refuses(Unsafe)
         assert words.endswith("the same command goes on watching")
         flow.world.ask(Ask.STOP)
-    assert flow.outcome == "unfinished"
+    assert (flow.outcome, flow.entries("watch", Kind.REACHED)) == ("unfinished", [])
 
 
 def test_an_update_that_is_not_listed_any_more_after_it_ran_can_be_given_up(tmp_path: Path) -> None:
