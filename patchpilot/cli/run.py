@@ -180,7 +180,7 @@ class _Pilot:
         end = record.finished.data if record.finished else {}
         outcome = str(end.get("outcome", "done"))
         paths = next((fact for fact in reversed(record.facts().values()) if "markdown" in fact), {})
-        found = {key: paths[key] for key in ("json", "markdown") if key in paths}
+        found = {key: paths[key] for key in report.KINDS if key in paths}
         why = end.get("why") or (record.facts().get("watch", {}).get("abort") or {}).get("why")
         if self._output is Output.JSON:
             emit_json({"run_id": run_id, "outcome": outcome, "report": found, **({"why": mask(why)} if why else {})})
@@ -206,7 +206,7 @@ def _so_far(files: report.Files) -> dict[str, str]:
         say(f"no report so far: {mask(str(error))}")
         return {}
     say(f"report so far: {written['markdown']}")
-    return {key: written[key] for key in ("json", "markdown")}
+    return {key: written[key] for key in report.KINDS}
 
 
 class _Narrator:

@@ -13,6 +13,7 @@ import pytest
 from patchpilot.cli import asking
 from patchpilot.cli.approving import approve
 from patchpilot.cli.console import Output
+from patchpilot.cli.report import Format, report
 from patchpilot.cli.run import _Pilot
 from patchpilot.cli.status import status
 from patchpilot.engine.journal import Kind
@@ -189,6 +190,18 @@ def test_what_is_over_is_not_asked_to_stop(database: Database, config: Path) -> 
     with pytest.raises(NothingToDo, match="is over: there is nothing to stop"):
         asking.stop("broker", config)
     assert requests.requests(database, journal.run_id) == ()
+
+
+def test_the_report_of_a_run_is_printed_as_asked_for(
+    database: Database, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = begin(database).run_id
+    begins = {Format.TEXT: "# Patch of broker", Format.JSON: "{", Format.HTML: "<!doctype html>"}
+    for output, beginning in begins.items():
+        report(run_id, config, output=output)
+        printed = capsys.readouterr().out
+        assert printed.startswith(beginning)
+        assert run_id in printed
 
 
 def test_a_run_that_was_told_to_pause_is_listed_as_paused(database: Database) -> None:
