@@ -267,7 +267,7 @@ class Settings(BaseSettings):
             runbook = Runbook.model_validate({**dict(self.runbook), "grace": grace})
             _refuse_too_long(grace, self.recovery.max_age)
         except ValidationError as error:
-            raise Usage(f"--grace: {_first(error)}") from None
+            raise Usage(f"--{_first(error)}") from None
         except ValueError as error:
             raise Usage(f"--grace: {error}") from None
         return self.model_copy(update={"runbook": runbook})
