@@ -10,7 +10,7 @@ from patchpilot.phases.desk import Desk
 from patchpilot.phases.notes import moment
 from patchpilot.phases.operations import Sign, operation
 from patchpilot.phases.order import Kind
-from patchpilot.phases.p3_watch import rotated
+from patchpilot.phases.p3_watch import baseline, rotated
 from patchpilot.phases.proofs import Claim
 from patchpilot.phases.sight import look_around
 
@@ -38,8 +38,7 @@ def other_goal(desk: Desk, view: View) -> Goal | None:
     sight = look_around(
         desk, view.now, since=moment(trigger["since"]), actions=kind.by_actions, nodes=kind.by_nodes, reports=True
     )
-    baseline = {**trigger["baseline"], "begun": True, "followed": rotated(view.facts).get("update")}
-    standing = kind.standing(baseline, sight, tried=True)
+    standing = kind.standing(baseline(trigger, rotated(view.facts)), sight, tried=True)
     holds, evidence = kind.proof(standing, aborted=aborted)
     if aborted and standing.sign is Sign.UNKNOWN:
         # It was unlisted for long already when it was given up, and may stay so.

@@ -56,7 +56,7 @@ class _Following(Step):
             reports=True,
         )  # fmt: skip
         known = self._known(view)
-        at = kind.standing(_baseline(trigger, known), sight, tried=True)
+        at = kind.standing(baseline(trigger, known), sight, tried=True)
         followed = Followed.of(known, self._last).follow(at, sight)
         self._last = followed.rotation
         return at, sight, followed
@@ -75,9 +75,13 @@ def begun(trigger: Data) -> Data:
     return {"rotation": rotation.note(), "update": trigger["update"]}
 
 
-def _baseline(trigger: Data, known: Data) -> Data:
-    """The trigger's, and that the operation has begun, with what it turned out to be."""
-    return {**trigger["baseline"], "begun": True, "followed": known.get("update")}
+def baseline(trigger: Data, known: Data) -> Data:
+    """The trigger's, and that the operation has begun, with what is known of it since.
+
+    :param known: what was seen of the rotation so far.
+    """
+    seen = {"followed": known.get("update"), "failed_over": bool(known["rotation"]["failovers"])}
+    return {**trigger["baseline"], "begun": True, **seen}
 
 
 class FollowRotation(_Following):

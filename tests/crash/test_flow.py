@@ -20,6 +20,7 @@ from patchpilot.errors import (
     NothingToDo,
     PatchpilotError,
     Throttled,
+    Transient,
     Unsafe,
     VerificationFailed,
 )
@@ -149,6 +150,24 @@ def test_the_failover_of_a_minute_ago_is_not_the_one_of_this_game_day(tmp_path: 
     assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
     assert flow.entries("trigger", Kind.REACHED)[0].data["how"] == "applied"
     assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+
+
+@pytest.mark.parametrize("back_after", [2.5, 4])
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_game_day_that_ends_where_it_began_is_over_all_the_same(
+    tmp_path: Path, silent: bool, back_after: float
+) -> None:
+    """One more failover, back to the old primary, before the watch is over or in the grace; AWS tells of none of them."""
+    flow = Flow(tmp_path, ORDERS["test-failover"], grace=timedelta(minutes=3))
+    flow.world.tells_of_failovers = False
+    if silent:
+        flow.world.surprises |= {f"{name}.test": [Transient("silent")] * 2000 for name in NAMES}
+    back_after += 1 if silent else 0  # what only AWS shows has to be sure before the request
+    flow.in_(back_after, lambda: flow.world.fail_over(NAMES[0]))
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+    if not silent:  # AWS's roles may be old ones: what is back at once is not believed
+        assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1], NAMES[0]]
 
 
 def test_nothing_to_observe_is_nothing_to_do(tmp_path: Path) -> None:
