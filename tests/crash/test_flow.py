@@ -157,7 +157,7 @@ def test_the_failover_of_a_minute_ago_is_not_the_one_of_this_game_day(tmp_path: 
 def test_a_game_day_that_ends_where_it_began_is_over_all_the_same(
     tmp_path: Path, silent: bool, back_after: float
 ) -> None:
-    """One more failover, back to the old primary, before the watch is over or in the grace; AWS tells of none of them."""
+    """One more failover, back to the old primary, before the watch is over or in the grace; no event tells of any."""
     flow = Flow(tmp_path, ORDERS["test-failover"], grace=timedelta(minutes=3))
     flow.world.tells_of_failovers = False
     if silent:
