@@ -39,14 +39,30 @@ def is_readable(dsn: str) -> bool:
     return not astray and all(port.isdigit() for port in parts.get("port", "0").split(",") if port)
 
 
+_NUMBERS = (
+    "connect_timeout", "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "tcp_user_timeout",
+)  # fmt: skip
+"""What libpq reads only when it has reached a server, if at all: psycopg waits in its place."""
+
+
+def _is_number(text: str, *, whole: bool) -> bool:
+    return re.fullmatch(r"\s*[+-]?\d+\s*" if whole else r"\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*", text) is not None
+
+
 def refusal(dsn: str) -> str:
     """Why libpq would not even try ``dsn``, which is readable; empty if it would. Nobody is connected to.
 
     libpq looks at most values only when it connects: let it begin, to a place that does not exist.
     """
     from psycopg import pq
-    from psycopg.conninfo import make_conninfo
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+    parts = conninfo_to_dict(dsn)
+    for name in _NUMBERS:
+        if parts.get(name) not in (None, "") and not _is_number(str(parts[name]), whole=name != "connect_timeout"):
+            return f"{name} must be a number"
+    if not all(0 < int(port) < 65536 for port in str(parts.get("port") or "").split(",") if port):
+        return "port must be between 1 and 65535"
     # With a password, so that no file of passwords is looked at, and complained of.
     nowhere = make_conninfo(dsn, host="/nonexistent", hostaddr="", port="1", password="-")  # noqa: S106
     connection = pq.PGconn.connect_start(nowhere.encode())

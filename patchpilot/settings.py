@@ -7,6 +7,7 @@ Unknown keys, bad durations and missing clusters are refused in one line that na
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from patchpilot.dsn import MALFORMED, is_readable, readable_endpoint, refusal
-from patchpilot.durations import long_enough_to_be_dead, parse_duration
+from patchpilot.durations import ago, long_enough_to_be_dead, parse_duration
 from patchpilot.errors import Usage
 
 DEFAULT_FILE = Path("patchpilot.toml")
@@ -41,10 +42,31 @@ def _as_duration(value: object) -> object:
     raise ValueError(f"{value!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
 
 
+def _within(least: str, most: str) -> AfterValidator:
+    """A duration from ``least`` to ``most``: outside is a slip, which would mean to wait for ever, or not at all."""
+
+    def check(value: timedelta) -> timedelta:
+        if not parse_duration(least) <= value <= parse_duration(most):
+            raise ValueError(f"must be between {least} and {most}")
+        return value
+
+    return AfterValidator(check)
+
+
 Duration = Annotated[timedelta, BeforeValidator(_as_duration)]
+Wait = Annotated[Duration, _within("1s", "14d")]
+"""How long to wait for something; AWS keeps events for fourteen days, and what they tell is not known for longer."""
 
 Filled = Annotated[str, Field(pattern=r"\S")]
 Region = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")]
+
+# https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/Statistics-definitions.html
+_PERCENTAGE = r"(?:100(?:\.0+)?|\d{1,2}(?:\.\d{1,10})?)"
+_STATISTIC = re.compile(
+    rf"SampleCount|Average|Sum|Minimum|Maximum|IQM|(?:p|tm|tc|ts|wm){_PERCENTAGE}"
+    rf"|(?:TM|TC|TS|WM)\((?:{_PERCENTAGE}%)?:(?:{_PERCENTAGE}%)?\)"
+    r"|(?:PR|TM|TC|TS|WM)\((?:\d+(?:\.\d+)?)?:(?:\d+(?:\.\d+)?)?\)"
+)
 
 Role = Literal["broker", "cache", "volatile"]
 
@@ -86,6 +108,7 @@ class Metric(_Section):
     name: str
     dimensions: dict[str, str] = Field(default_factory=dict)
     statistic: str = "Average"
+    """One of CloudWatch's: ``Sum``, ``p99.9``, ``TM(10%:90%)`` ..."""
     period: Duration = timedelta(minutes=1)
     points: int = Field(default=3, ge=1, le=60)
     """How many values in a row have to be past the limit: one alone may be a blip, and a failover is one."""
@@ -96,9 +119,25 @@ class Metric(_Section):
     def _one_limit(self) -> Self:
         if (self.above is None) == (self.below is None):
             raise ValueError("set one of above and below")
-        if self.period < timedelta(seconds=1):
-            raise ValueError("period must be a second at least")
         return self
+
+    @field_validator("statistic")
+    @classmethod
+    def _a_statistic(cls, name: str) -> str:
+        if not _STATISTIC.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no statistic of CloudWatch; write Average, Sum, Minimum, Maximum, SampleCount, or like "
+                "p99 or TM(10%:90%)"
+            )
+        return name
+
+    @field_validator("period")
+    @classmethod
+    def _a_period(cls, period: timedelta) -> timedelta:
+        seconds = period.total_seconds()
+        if seconds not in {1, 5, 10, 20, 30} and (seconds % 60 or not 60 <= seconds <= 86400):
+            raise ValueError("is no period of CloudWatch: write 1s, 5s, 10s, 20s, 30s or whole minutes up to 24h")
+        return period
 
     def is_past(self, value: float) -> bool:
         """Whether ``value`` is on the wrong side of the limit."""
@@ -108,25 +147,25 @@ class Metric(_Section):
 class Runbook(_Section):
     """How the pilot waits, and when it stops a rotation."""
 
-    grace: Duration = timedelta(minutes=5)
+    grace: Annotated[Duration, _within("0s", "14d")] = timedelta(minutes=5)
     """How long after the last failover recovery waits, so that clients reconnect and Celery heals what it can."""
-    poll_interval: Duration = timedelta(seconds=15)
-    settle: Duration = timedelta(minutes=1)
+    poll_interval: Annotated[Duration, _within("100ms", "1h")] = timedelta(seconds=15)
+    settle: Annotated[Duration, _within("1s", "24h")] = timedelta(minutes=1)
     """After an interrupted trigger: how long AWS may take to show the update as started before it counts as absent."""
-    stall: Duration = timedelta(hours=2)
+    stall: Wait = timedelta(hours=2)
     """How long the whole rotation may take before the run stops and says so."""
-    node_stall: Duration = timedelta(hours=1)
+    node_stall: Wait = timedelta(hours=1)
     """How long one node may take before the run stops and names it."""
-    observe: Duration = timedelta(hours=4)
+    observe: Wait = timedelta(hours=4)
     """Operation ``observe``: how long to wait for something to begin."""
-    quiet: Duration = timedelta(minutes=10)
+    quiet: Wait = timedelta(minutes=10)
     """Operation ``observe``: how long nothing may happen before what was no service update counts as over."""
     abort_stuck: int | None = Field(default=None, ge=0)
     """Stop the update when more chords than this are stuck during the rotation. Unset: never."""
     abort_metric: Metric | None = None
     """Stop the update when this metric is past its limit during the rotation. Unset: never."""
-    verify_timeout: Duration = timedelta(minutes=5)
-    time_budget: Duration | None = None
+    verify_timeout: Wait = timedelta(minutes=5)
+    time_budget: Wait | None = None
     """After this long, checkpoint and exit with "resume later". For schedulers that end a job themselves."""
 
 
@@ -135,17 +174,25 @@ class Recovery(_Section):
 
     min_age: Duration = timedelta(minutes=5)
     max_age: Duration = timedelta(hours=24)
-    claim_lease: Duration = timedelta(seconds=30)
+    claim_lease: Annotated[Duration, _within("1s", "24h")] = timedelta(seconds=30)
     """How long a recovery may take to join one chord's results and publish its callback before another may."""
-    dead_after: Annotated[Duration, AfterValidator(long_enough_to_be_dead)] = timedelta(minutes=1)
+    dead_after: Annotated[Duration, AfterValidator(long_enough_to_be_dead), _within("1s", "24h")] = timedelta(minutes=1)
     """A worker that gave no sign of life for this long counts as dead, and what it had as lost. A machine that is
-    frozen for longer than this and comes back may run again what was sent again meanwhile."""
+    frozen for longer than this and comes back may run again what was sent again meanwhile. One is due every 2 s."""
+
+    @model_validator(mode="after")
+    def _some_age(self) -> Self:
+        if self.min_age >= self.max_age:
+            raise ValueError(
+                f"min_age {ago(self.min_age)} must be below max_age {ago(self.max_age)}: nothing is between"
+            )
+        return self
 
 
 class Purge(_Section):
     """What `patchpilot db purge` leaves."""
 
-    retention: Duration = timedelta(days=7)
+    retention: Annotated[Duration, _within("1s", "3650d")] = timedelta(days=7)
     """How long chords and starts that are over stay on record. Longer than the broker's visibility timeout."""
 
 
@@ -210,6 +257,25 @@ class Settings(BaseSettings):
     celery: Celery = Celery()
     clusters: dict[str, Cluster] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _grace_leaves_something(self) -> Self:
+        _refuse_too_long(self.runbook.grace, self.recovery.max_age)
+        return self
+
+    def with_grace(self, grace: timedelta) -> Self:
+        """These settings with another ``runbook.grace``.
+
+        :raises Usage: it cannot be so long.
+        """
+        try:
+            runbook = Runbook.model_validate({**dict(self.runbook), "grace": grace})
+            _refuse_too_long(grace, self.recovery.max_age)
+        except ValidationError as error:
+            raise Usage(f"--{_first(error)}") from None
+        except ValueError as error:
+            raise Usage(f"--grace: {error}") from None
+        return self.model_copy(update={"runbook": runbook})
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -262,6 +328,14 @@ class Settings(BaseSettings):
         """
         url = self.celery.results.get_secret_value() if self.celery.results else ""
         return readable_endpoint(url, "celery.results") if url else ""
+
+
+def _refuse_too_long(grace: timedelta, max_age: timedelta) -> None:
+    if grace >= max_age:
+        raise ValueError(
+            f"runbook.grace {ago(grace)} must be below recovery.max_age {ago(max_age)}: what a failover lost would be "
+            "too old for recovery when the grace ends"
+        )
 
 
 def _readable_dsn(dsn: str) -> str:
@@ -329,4 +403,4 @@ def _first(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; see config/patchpilot.example.toml for those there are"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}"
+    return f"{key}: {message}" if key else message

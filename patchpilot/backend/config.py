@@ -157,7 +157,7 @@ class Config:
 
         :raises ImproperlyConfigured: if PostgreSQL is configured nowhere, or a value is not one of those it may be.
         """
-        return cls(
+        config = cls(
             dsn or dsn_of(app),
             mode=_choice(app, "patchpilot_mode", Mode, cls.mode),
             counting=_choice(app, "patchpilot_counting", Counting, cls.counting),
@@ -176,6 +176,12 @@ class Config:
             postgres_budget=_read(app, "patchpilot_postgres_budget", _seconds, cls.postgres_budget),
             postgres_timeout=_read(app, "patchpilot_postgres_timeout", _some_seconds, None),
         )
+        if config.recovery_min_age >= config.recovery_max_age:
+            raise ImproperlyConfigured(
+                f"patchpilot_recovery_min_age ({config.recovery_min_age}) must be below patchpilot_recovery_max_age "
+                f"({config.recovery_max_age}): nothing is between"
+            )
+        return config
 
 
 def dsn_of(app: Celery) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from patchpilot import __version__
-from patchpilot.cli import asking, chords, db, lab
+from patchpilot.cli import approving, asking, chords, db, lab
 from patchpilot.cli.blanks import refuse_blanks
 from patchpilot.cli.console import say
 from patchpilot.cli.plan import plan
@@ -43,7 +43,7 @@ app.command("run", epilog=EPILOG)(run)
 app.command("preflight")(preflight)
 app.command("plan")(plan)
 app.command("status")(status)
-for _ask in (asking.approve, asking.pause, asking.resume, asking.stop):
+for _ask in (approving.approve, asking.pause, asking.resume, asking.stop):
     app.command(_ask.__name__)(_ask)
 app.command("recover")(recover)
 app.command("report")(report)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Self
 
 from patchpilot import elasticache
+from patchpilot.cli.orders import Command
 from patchpilot.cli.recover import complain, site
 from patchpilot.elasticache import cloudwatch
 from patchpilot.elasticache.metrics import Metrics
@@ -44,6 +45,11 @@ class Outfit:
         self._database = database
         self._waivers = waivers
         self._stack = ExitStack()
+
+    @classmethod
+    def of(cls, command: Command, database: Database) -> Self:
+        """What a command needs that was told what to do to which cluster."""
+        return cls(command.settings, command.cluster, database, command.waivers)
 
     def __enter__(self) -> Self:
         return self

@@ -3,78 +3,34 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from patchpilot.cli.console import (
-    ConfigOption,
-    Output,
-    OutputOption,
-    duration,
-    emit,
-    emit_json,
-    read_settings,
-    say,
-)
+from patchpilot.cli.console import Output, emit, emit_json, say
 from patchpilot.cli.desk import Outfit
-from patchpilot.cli.orders import (
-    ClusterNameOption,
-    EngineOption,
-    EngineVersionOption,
-    NodeTypeOption,
-    OperationOption,
-    ParameterGroupOption,
-    UpdateOption,
-)
-from patchpilot.cli.preflight import ReasonOption, WaiveOption, read_waivers
+from patchpilot.cli.orders import Command, GraceOption, ordering
 from patchpilot.clock import SYSTEM
 from patchpilot.durations import ago
 from patchpilot.phases.notes import clock_time, moment
-from patchpilot.phases.order import settle
 from patchpilot.phases.proposal import digest, propose
 from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 
 
-def plan(
-    cluster: ClusterNameOption,
-    config: ConfigOption = None,
-    operation: OperationOption = None,
-    update: UpdateOption = None,
-    engine: EngineOption = None,
-    engine_version: EngineVersionOption = None,
-    parameter_group: ParameterGroupOption = None,
-    node_type: NodeTypeOption = None,
-    grace: Annotated[
-        str | None,
-        typer.Option("--grace", metavar="DURATION", help="How long to wait after the last failover [default: 5m]."),
-    ] = None,
-    waive: WaiveOption = None,
-    reason: ReasonOption = None,
-    output: OutputOption = Output.TEXT,
-) -> None:
+@ordering
+def plan(command: Command, grace: GraceOption = None) -> None:
     """Say what `patchpilot run` with the same options would do now. Changes nothing.
 
     The digest stands for exactly this plan. `patchpilot run --plan DIGEST`, on any host, refuses if the world has
     changed since: another primary, another member, another engine version, another status of the update, other
     waivers. Exit code 3 if there is nothing to do.
     """
-    settings = read_settings(config)
-    pause = settings.runbook
-    changed = pause.model_copy(update={"grace": duration(grace, pause.grace, "--grace")})
-    settings = settings.model_copy(update={"runbook": changed})
-    settings.cluster(cluster)
-    asked = {
-        "operation": operation, "update": update, "engine": engine, "engine_version": engine_version,
-        "parameter_group": parameter_group, "node_type": node_type,
-    }  # fmt: skip
-    order, waivers = settle(asked, None, begun=False), read_waivers(waive, reason)
-    with Database(settings.postgres_dsn()) as database, Outfit(settings, cluster, database, waivers) as outfit:
+    command = command.with_grace(grace)
+    order, settings, cluster = command.order, command.settings, command.cluster
+    with Database(settings.postgres_dsn()) as database, Outfit.of(command, database) as outfit:
         content = propose(outfit.look(order, "plan"), SYSTEM.now())
         key = digest(content)
         requests.keep_plan(database, settings.environment, cluster, key, content)
-    if output is Output.JSON:
+    if command.output is Output.JSON:
         emit_json({"digest": key, **content})
         return
     for title, value in _lines(content):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,8 +11,6 @@ from patchpilot import report as reports
 from patchpilot.cli.console import (
     ClusterOption,
     ConfigOption,
-    Output,
-    OutputOption,
     emit,
     emit_json,
     read_settings,
@@ -23,14 +22,27 @@ from patchpilot.postgres.journal import Run, entries, find_run, runs
 from patchpilot.settings import Settings
 
 
+class Format(StrEnum):
+    """How the report is printed."""
+
+    TEXT = "text"
+    HTML = "html"
+    JSON = "json"
+
+
 def report(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run [default: the newest].")] = None,
     config: ConfigOption = None,
     cluster: ClusterOption = None,
-    write: Annotated[bool, typer.Option("--write", help="Write report.json and report.md again as well.")] = False,
-    output: OutputOption = Output.TEXT,
+    write: Annotated[bool, typer.Option("--write", help="Write the files of the report again as well.")] = False,
+    output: Annotated[
+        Format,
+        typer.Option(
+            "--output", "-o", help="Markdown for a terminal, one HTML file for a browser, or JSON for scripts."
+        ),
+    ] = Format.TEXT,
 ) -> None:
-    """Make the report of a run again, from its journal: the Markdown for people, or the JSON it is made from.
+    """Make the report of a run again, from its journal: Markdown or HTML for people, or the JSON these are made from.
 
     The report is a function of the journal, so it can be made of a run that is still under way, or years later.
     """
@@ -41,10 +53,13 @@ def report(
     if write:
         for path in reports.write(data, settings.reports):
             say(f"wrote {path}")
-    if output is Output.JSON:
-        emit_json(data)
-    else:
-        emit(reports.markdown(data))
+    match output:
+        case Format.JSON:
+            emit_json(data)
+        case Format.HTML:
+            emit(reports.html(data).rstrip())
+        case Format.TEXT:
+            emit(reports.markdown(data))
 
 
 def _newest(database: Database, settings: Settings, cluster: str | None) -> Run:

@@ -5,35 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
 from patchpilot import phases, report
-from patchpilot.cli.console import (
-    ConfigOption,
-    Output,
-    OutputOption,
-    duration,
-    emit,
-    emit_json,
-    read_settings,
-    say,
-    stop_signals,
-)
+from patchpilot.cli.console import Output, duration, emit, emit_json, say, stop_signals
 from patchpilot.cli.desk import Outfit
-from patchpilot.cli.orders import (
-    POSTGRES_BUDGET,
-    ClusterNameOption,
-    EngineOption,
-    EngineVersionOption,
-    NodeTypeOption,
-    OperationOption,
-    ParameterGroupOption,
-    UpdateOption,
-)
-from patchpilot.cli.preflight import ReasonOption, WaiveOption, read_waivers
+from patchpilot.cli.orders import POSTGRES_BUDGET, Command, GraceOption, ordering
 from patchpilot.clock import SYSTEM
 from patchpilot.dsn import mask
 from patchpilot.engine.journal import RunRecord
@@ -52,15 +33,9 @@ Asked = Mapping[str, str | None]
 """The options that say what to do, by the names of :class:`patchpilot.phases.order.Order`."""
 
 
+@ordering
 def run(
-    cluster: ClusterNameOption,
-    config: ConfigOption = None,
-    operation: OperationOption = None,
-    update: UpdateOption = None,
-    engine: EngineOption = None,
-    engine_version: EngineVersionOption = None,
-    parameter_group: ParameterGroupOption = None,
-    node_type: NodeTypeOption = None,
+    command: Command,
     plan: Annotated[
         str | None,
         typer.Option("--plan", metavar="DIGEST", help="Do what `patchpilot plan` said; refuse if that has changed."),
@@ -69,17 +44,11 @@ def run(
         str | None,
         typer.Option("--approve-before", metavar="trigger", help="Wait there for `patchpilot approve`."),
     ] = None,
-    grace: Annotated[
-        str | None,
-        typer.Option("--grace", metavar="DURATION", help="How long to wait after the last failover [default: 5m]."),
-    ] = None,
+    grace: GraceOption = None,
     time_budget: Annotated[
         str | None,
         typer.Option("--time-budget", metavar="DURATION", help="Checkpoint and exit with code 4 after this long."),
     ] = None,
-    waive: WaiveOption = None,
-    reason: ReasonOption = None,
-    output: OutputOption = Output.TEXT,
 ) -> int:
     """Patch one cluster: check, recover, trigger, watch, wait, dry-run, recover, verify, report.
 
@@ -88,26 +57,22 @@ def run(
     next checkpoint, with exit code 4. One run per cluster: a second one exits at once with code 6. `patchpilot stop`,
     `pause`, `resume` and `approve` reach it from any host.
     """
-    settings = read_settings(config)
-    settings.cluster(cluster)
-    waivers = read_waivers(waive, reason)
+    command = replace(command, asked={**command.asked, "plan": plan, "approve_before": approve_before})
     waits = {
         name: duration(text, timedelta(), f"--{name.replace('_', '-')}")
         for name, text in (("grace", grace), ("time_budget", time_budget))
         if text is not None
     }
-    asked = {
-        "operation": operation, "update": update, "engine": engine, "engine_version": engine_version,
-        "parameter_group": parameter_group, "node_type": node_type, "plan": plan, "approve_before": approve_before,
-    }  # fmt: skip
-    settle(asked, None, begun=False)  # what does not fit together is refused before anything is touched
+    # What does not fit together is refused before anything is touched.
+    settings, cluster = command.with_grace(grace).settings, command.cluster
+    _ = command.order
     with (
         Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database,
         stop_signals("stopping at the next checkpoint; the same command goes on from there") as stop,
     ):
         planned = {} if plan is None else _planned(database, settings.environment, cluster, plan)
-        given = {name: value for name, value in asked.items() if value is not None}
-        pilot = _Pilot(settings, cluster, database, output, waivers, waits)
+        given = {name: value for name, value in command.asked.items() if value is not None}
+        pilot = _Pilot(settings, cluster, database, command.output, command.waivers, waits)
         return pilot.fly({**aim_of(planned), **given}, stop)
 
 
@@ -178,7 +143,7 @@ class _Pilot:
         end = record.finished.data if record.finished else {}
         outcome = str(end.get("outcome", "done"))
         paths = next((fact for fact in reversed(record.facts().values()) if "markdown" in fact), {})
-        found = {key: paths[key] for key in ("json", "markdown") if key in paths}
+        found = {key: paths[key] for key in report.KINDS if key in paths}
         why = end.get("why") or (record.facts().get("watch", {}).get("abort") or {}).get("why")
         if self._output is Output.JSON:
             emit_json({"run_id": run_id, "outcome": outcome, "report": found, **({"why": mask(why)} if why else {})})
@@ -204,7 +169,7 @@ def _so_far(files: report.Files) -> dict[str, str]:
         say(f"no report so far: {mask(str(error))}")
         return {}
     say(f"report so far: {written['markdown']}")
-    return {key: written[key] for key in ("json", "markdown")}
+    return {key: written[key] for key in report.KINDS}
 
 
 class _Narrator:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchpilot.clock import SYSTEM
 from patchpilot.elasticache.calls import Calls, clients
 from patchpilot.elasticache.facts import (
     IN_FLIGHT,
@@ -66,7 +67,7 @@ class ElastiCache(Calls["ElastiCacheClient"]):
         rows = self._pages("describe_replication_groups", "ReplicationGroups", ReplicationGroupId=group)
         if len(rows) != 1:
             raise Corrupt(f"AWS returned {len(rows)} replication groups called {group!r}")
-        return replace(Group.of(rows[0]), answered=self._answered)
+        return replace(Group.of(rows[0]), answered=self._answered, heard=SYSTEM.now())
 
     def nodes(self, group: Group) -> tuple[Node, ...]:
         """The nodes of ``group`` as cache clusters of their own."""

@@ -190,6 +190,8 @@ class Group:
     """Host and port of the primary endpoint, which leads to whichever node is the primary."""
     answered: datetime | None = field(default=None, compare=False)
     """When AWS answered, by its own clock and to the second."""
+    heard: datetime | None = field(default=None, compare=False)
+    """When that answer had arrived, by ours."""
 
     @classmethod
     def of(cls, row: Row) -> Group:

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from patchpilot.engine.plan import Contradicted, NotYet, Observation, Reached, Step, View
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from patchpilot.engine.journal import Entry
+from patchpilot.engine.plan import Contradicted, Data, NotYet, Observation, Reached, Step, View
 from patchpilot.engine.requests import approval, stop
 from patchpilot.errors import Aborted
 from patchpilot.phases.desk import Desk
 from patchpilot.phases.proposal import digest, propose
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A plan that a run has shown to whoever may approve it."""
+
+    digest: str
+    proposal: Data
+    since: datetime
+    """When it was shown in place of another one, or as the first."""
+
+
+def plans_shown(entries: Iterable[Entry]) -> tuple[Shown, ...]:
+    """The plans that a run has shown, oldest first: a further one whenever the world had changed. Pure.
+
+    :param entries: the run's journal, oldest entry first.
+    """
+    shown: list[Shown] = []
+    for entry in entries:
+        key = entry.data.get("digest") if entry.step == Approve.name else None
+        if key and (not shown or shown[-1].digest != key):
+            shown.append(Shown(key, entry.data["proposal"], entry.at))
+    return tuple(shown)
+
+
 class Approve(Step):
     """Somebody has approved what is about to be done, if the run was told to wait for that.
 
-    An approval is for one proposal. If the world changes before the trigger, another one is needed; whoever takes the
-    run up while nothing has changed finds the approval that was given.
+    An approval is for one proposal, and stays good for it as long as the run is not over: whoever takes the run up
+    while nothing has changed, or has changed back, finds the approval that was given. If the world changes before the
+    trigger, another one is needed.
     """
 
     name = "approve"

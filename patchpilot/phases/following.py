@@ -107,7 +107,8 @@ class Followed:
         """How far it is, for a person."""
         number = len(self.rotation.failovers)
         failovers = f"; failovers so far: {number}" if number else ""
-        return f"{at.line}; group {self.group}{failovers}"
+        group = "" if f"the group is {self.group}" in at.line else f"; group {self.group}"
+        return f"{at.line}{group}{failovers}"
 
 
 def stopped_elsewhere(view: View, at: Standing, followed: Followed, runbook: Runbook) -> Data | None:
@@ -137,16 +138,22 @@ def stalled(view: View, at: Standing, followed: Followed, runbook: Runbook) -> P
             f"{slow} has been worked on for more than {length(runbook.node_stall)}: look for its events, and open a "
             "case with AWS; do not reboot it. The same command goes on watching"
         )
-    if view.now >= _patience_from(view, view.intended_at) + runbook.stall:
+    if view.now >= bound(view, runbook):
+        instead = f"; or, {GIVE_UP}" if at.update or at.calm else ""
         return Unsafe(
             f"the rotation has not come to its end within {length(runbook.stall)} ({followed.line(at)}): look at the "
-            "group in the console; the same command goes on watching"
+            f"group in the console; the same command goes on watching{instead}"
         )
     return None
 
 
-def _slow(view: View, followed: Followed, bound: timedelta) -> str:
-    late = [node for node, since in followed.working.items() if view.now >= _patience_from(view, since) + bound]
+def bound(view: View, runbook: Runbook) -> datetime:
+    """Until when the whole may take."""
+    return _patience_from(view, view.intended_at) + runbook.stall
+
+
+def _slow(view: View, followed: Followed, most: timedelta) -> str:
+    late = [node for node, since in followed.working.items() if view.now >= _patience_from(view, since) + most]
     return ", ".join(sorted(late))
 
 

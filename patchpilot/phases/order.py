@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -11,6 +12,11 @@ from patchpilot.errors import Corrupt, Usage
 
 BEFORE_TRIGGER = "trigger"
 """The one place where a run can be told to wait for an approval."""
+
+
+ENGINES = ("redis", "valkey")
+_VERSION = re.compile(r"\d+(?:\.\d+)*(?:\.x)?")
+"""AWS has written ``6.x`` too."""
 
 
 class Kind(StrEnum):
@@ -60,6 +66,10 @@ class Order:
         missing = _NEEDS.get(self.operation)
         if missing and not getattr(self, missing):
             raise Usage(f"operation {self.operation} needs {_option(missing)}")
+        if self.engine_version and not _VERSION.fullmatch(self.engine_version):
+            raise Usage(f"--engine-version: {self.engine_version!r} is no version; write it like 8.1")
+        if self.engine not in {None, *ENGINES}:
+            raise Usage(f"--engine: {self.engine!r} is none of {', '.join(ENGINES)}")
         for name, kinds in _ONLY.items():
             if getattr(self, name) and self.operation not in kinds:
                 raise Usage(f"{_option(name)} goes with --operation {' or '.join(sorted(kinds))}")

@@ -20,7 +20,7 @@ from patchpilot.phases.operations import operation
 from patchpilot.phases.order import Kind
 from patchpilot.phases.proofs import before
 from patchpilot.phases.proposal import HoldToPlan, offered
-from patchpilot.phases.readings import known, read_endpoint, read_members
+from patchpilot.phases.readings import known, made_of, read_endpoint, read_members
 from patchpilot.recovery.findings import Finding
 
 PATIENCE = timedelta(minutes=2)
@@ -79,7 +79,7 @@ class Readiness(Step):
             "action": noted(situation.choice.action) if situation.choice.is_update else None,
             "adopted": situation.choice.adopted,
             "group": noted(situation.group),
-            "versions": _versions(situation),
+            **made_of(situation.nodes),
             "before": before(situation),
         })  # fmt: skip
 
@@ -171,10 +171,6 @@ def _and_stuck(nothing: NothingToDo, stuck: tuple[Finding, ...] | str | None) ->
     curable = [] if isinstance(stuck, str) else [finding for finding in stuck or () if finding.curable]
     more = f"; {len(curable)} stuck all the same: run `patchpilot recover`" if curable else ""
     return NothingToDo(f"{nothing}{more}")
-
-
-def _versions(situation: Situation) -> dict[str, str]:
-    return {} if isinstance(situation.nodes, str) else {node.node: node.engine_version for node in situation.nodes}
 
 
 def refusal(failed: tuple[Check, ...]) -> Blocked:

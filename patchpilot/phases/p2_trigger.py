@@ -8,6 +8,7 @@ can be told to wait here for somebody's approval.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from patchpilot.elasticache.facts import UpdateStatus
@@ -16,9 +17,10 @@ from patchpilot.engine.requests import Request, stop
 from patchpilot.errors import Aborted, Blocked, NeedsOperator, NothingToDo, Throttled, Unsafe
 from patchpilot.phases.approve import Approve
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.notes import clock_time, length, noted
+from patchpilot.phases.notes import clock_time, length, moment, noted
 from patchpilot.phases.operations import GIVE_UP, Operation, Sign, Standing, operation
 from patchpilot.phases.proposal import changes, propose
+from patchpilot.phases.rotation import ASTRAY, NO_TIME
 from patchpilot.phases.sight import Sight, look_around
 from patchpilot.settings import Runbook
 
@@ -27,6 +29,10 @@ ACKNOWLEDGED = 10
 
 LOOKBACK = timedelta(hours=1)
 """How far back to look for signs of what was there before."""
+
+
+MARGIN = timedelta(seconds=5)
+"""How exactly it is known how far AWS's clock is ahead."""
 
 
 class Trigger(Phase):
@@ -66,7 +72,11 @@ class Apply(Step):
 
     def observe(self, view: View) -> Observation:
         sight = self._look(view.now, view.intended_at or view.now)
+        if self._operation.acts or view.now < moment(view.intent["drawn"]) + self._desk.runbook.settle:
+            view = replace(view, seen=roles_shown(view, sight))
+        view = replace(view, intent={**view.intent, **view.seen.get("baseline", {})})
         at = self._operation.standing(view.intent, sight, tried=_tried(view))
+        at = replace(at, began=at.began and at.began + min(sight.behind, NO_TIME) - MARGIN)
         seen = look(view, at, self._desk.runbook, self._operation)
         if isinstance(seen, Reached):
             return Reached({**seen.fact, "held_to": self._desk.order.plan}, seen.say)
@@ -75,7 +85,9 @@ class Apply(Step):
                 return give_up(view, at, self._desk.runbook, request)
             if isinstance(seen, NotYet):
                 return Contradicted(Aborted(f"ended before anything was started: {request}"))
-        return self._held_back(view) or seen if _starts(seen) else seen
+        if isinstance(seen, NotYet):
+            seen = replace(seen, seen=view.seen)
+        return self._held_back(view) or unsure(view, sight, self._desk.runbook) or seen if _starts(seen) else seen
 
     def act(self, view: View) -> Data:
         try:
@@ -105,6 +117,30 @@ class Apply(Step):
         return Contradicted(Blocked(why)) if different else None
 
 
+def roles_shown(view: View, sight: Sight) -> Data:
+    """Since when AWS shows the same primary, and the baseline with it, while that is all there is to go by. Pure.
+
+    AWS's roles may be old ones. Where the nodes cannot be asked, a failover of before the run, of which AWS tells late
+    or never, would otherwise be taken for one of the operation.
+    """
+    if _tried(view) or view.intent.get("heard") or sight.said or sight.group.primary is None:
+        return view.seen
+    primary = sight.group.primary
+    if primary == view.seen.get("baseline", view.intent)["aws_primary"]:
+        return view.seen
+    return {"baseline": {"primary": primary, "aws_primary": primary}, "since": noted(view.now)}
+
+
+def unsure(view: View, sight: Sight, runbook: Runbook) -> NotYet | None:
+    """To be waited for before the request, if AWS's roles are all there is to go by. Pure."""
+    if _tried(view) or view.intent.get("heard") or sight.said:
+        return None
+    since = moment(view.seen["since"]) if "since" in view.seen else view.intended_at or view.now
+    until = since + runbook.settle
+    why = "the nodes cannot be asked who is the primary: waiting to be sure that what AWS shows is not an old answer"
+    return NotYet(why, until=until, seen=view.seen) if view.now < until else None
+
+
 def look(view: View, at: Standing, runbook: Runbook, kind: Operation) -> Observation:
     """What to make of how the operation stands. Pure."""
     match at.sign:
@@ -127,8 +163,10 @@ def _not_started(view: View, at: Standing, settle: timedelta, settles: int, boun
     if last.refused:
         return _after_refusal(view, last, settle)
     if last.interrupted:
-        if view.now < last.at + settles * settle:
-            return NotYet(f"{_request(last)}; does AWS show it?", until=last.at + settles * settle)
+        # Whoever takes the run up may be on a host whose clock is ahead of the one that dated the request.
+        until = min(max(last.at, view.since), last.at + ASTRAY) + settles * settle
+        if view.now < until:
+            return NotYet(f"{_request(last)}; does AWS show it?", until=until)
         return _wait(view, bound, f"{_request(last)} and AWS shows nothing of it", act=True)
     if view.now < last.at + ACKNOWLEDGED * settle:
         return NotYet(f"AWS accepted the request and still shows it as {at.status}")

@@ -15,8 +15,8 @@ from patchpilot.engine.plan import Contradicted, Data, Effect, NotYet, Observati
 from patchpilot.errors import NeedsOperator, Throttled
 from patchpilot.phases.abort import Limits, limits
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.following import ELSEWHERE, Followed, ceased, stalled, stopped_elsewhere
-from patchpilot.phases.notes import moment, noted
+from patchpilot.phases.following import ELSEWHERE, Followed, bound, ceased, stalled, stopped_elsewhere
+from patchpilot.phases.notes import clock_time, moment, noted
 from patchpilot.phases.operations import Operation, Sign, Standing, operation
 from patchpilot.phases.rotation import Rotation
 from patchpilot.phases.sight import Sight, look_around
@@ -56,7 +56,7 @@ class _Following(Step):
             reports=True,
         )  # fmt: skip
         known = self._known(view)
-        at = kind.standing(_baseline(trigger, known), sight, tried=True)
+        at = kind.standing(baseline(trigger, known), sight, tried=True)
         followed = Followed.of(known, self._last).follow(at, sight)
         self._last = followed.rotation
         return at, sight, followed
@@ -75,9 +75,13 @@ def begun(trigger: Data) -> Data:
     return {"rotation": rotation.note(), "update": trigger["update"]}
 
 
-def _baseline(trigger: Data, known: Data) -> Data:
-    """The trigger's, and that the operation has begun, with what it turned out to be."""
-    return {**trigger["baseline"], "begun": True, "followed": known.get("update")}
+def baseline(trigger: Data, known: Data) -> Data:
+    """The trigger's, and that the operation has begun, with what is known of it since.
+
+    :param known: what was seen of the rotation so far.
+    """
+    seen = {"followed": known.get("update"), "failed_over": bool(known["rotation"]["failovers"])}
+    return {**trigger["baseline"], "begun": True, **seen}
 
 
 class FollowRotation(_Following):
@@ -92,14 +96,19 @@ class FollowRotation(_Following):
         found = Limits() if too_late else limits(self._desk, at, view.now, moment(view.facts["trigger"]["since"]))
         stop, aside = found.stop, "".join(f"; a limit is not watched at the moment: {why}" for why in found.unread)
         if stop and not self._can_stop(view, at):
-            aside, stop = f"{aside}; it should be stopped ({stop['why']}), but AWS cannot stop this operation", None
+            aside += f"; it should be stopped ({stop['why']}), but AWS cannot stop this operation"
+            stop = None
+        elif stop and not self._operation.stoppable:
+            stop = {**stop, "why": f"{stop['why']}; AWS cannot stop it, so it is given up"}
         seen = look(view, at, sight, followed, self._desk.runbook, self._operation, stop, aside)
         return _with_unwatched(view, seen, found.unread)
 
     def _can_stop(self, view: View, at: Standing) -> bool:
-        """Whether AWS can stop it; or there is nothing to stop, because it was given up and never began."""
+        """Whether AWS can stop it; or there is nothing to stop: it was given up and never began, or it takes too long
+        and nothing is under way any more."""
         never_began = at.sign in RESTING and "given_up" in view.facts["trigger"]
-        return self._operation.stoppable or never_began
+        came_to_nothing = view.contradicted_at is not None and at.calm
+        return self._operation.stoppable or never_began or came_to_nothing
 
 
 def _with_unwatched(view: View, seen: Observation, unread: tuple[str, ...]) -> Observation:
@@ -131,6 +140,8 @@ def look(
         if view.now >= confirmed:
             return Reached(_end(view, sight, seen, at))
         return NotYet(f"{followed.line(at)}; waiting to be sure that it is over", until=confirmed, seen=seen)
+    if at.sign is Sign.RUNNING and at.update is None and at.calm:
+        aside += f"; nothing is under way, but it is waited for until {clock_time(bound(view, runbook))}"
     return Contradicted(error, seen) if error else NotYet(followed.line(at) + aside, seen=seen)
 
 
@@ -164,7 +175,7 @@ class StopRotation(_Following):
         if not view.facts["watch"].get("abort"):
             return Reached({"needed": False})
         at, sight, followed = self._look(view)
-        return wind_down(view, at, sight, followed, self._desk.runbook)
+        return wind_down(view, at, sight, followed, self._desk.runbook, given_up=not self._operation.stoppable)
 
     def act(self, view: View) -> Data:
         try:
@@ -179,11 +190,17 @@ class StopRotation(_Following):
         return view.seen or view.facts["watch"]
 
 
-def wind_down(view: View, at: Standing, sight: Sight, followed: Followed, runbook: Runbook) -> Observation:
-    """Whether the rotation has come to rest, and whether to ask for that. Pure."""
+def wind_down(
+    view: View, at: Standing, sight: Sight, followed: Followed, runbook: Runbook, *, given_up: bool = False
+) -> Observation:
+    """Whether the rotation has come to rest, and whether to ask for that. Pure.
+
+    :param given_up: whether AWS cannot stop it: then it rests when nothing has come of it for long.
+    """
     seen = followed.note()
-    if at.sign in RESTING | {Sign.UNKNOWN} and sight.group.available:
-        confirmed = followed.since(view.now) + _rests(view, at, runbook)
+    resting = at.sign in RESTING | {Sign.UNKNOWN} and sight.group.available
+    if resting or (given_up and at.sign is Sign.RUNNING and at.calm):
+        confirmed = followed.since(view.now) + (_rests(view, at, runbook) if resting else runbook.quiet)
         if view.now >= confirmed:
             return Reached({**_end(view, sight, seen, at), "needed": True, "attempts": len(view.attempts)})
         return NotYet(f"{followed.line(at)}; waiting to be sure that it has stopped", until=confirmed, seen=seen)

@@ -24,10 +24,11 @@ from patchpilot.engine.plan import (
 )
 from patchpilot.errors import VerificationFailed
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.goal import find, other_goal
+from patchpilot.phases.goal import Goal, find, other_goal
 from patchpilot.phases.notes import length, moment, noted
+from patchpilot.phases.p3_watch import rotated
 from patchpilot.phases.proofs import Before, Claim, Workplace, alarm_claim, can_prove, is_proven, worker_claims
-from patchpilot.phases.readings import known, read_endpoint, read_members
+from patchpilot.phases.readings import known, made_of, read_endpoint, read_members
 from patchpilot.recovery.findings import Finding
 from patchpilot.valkey.nodes import Report
 from patchpilot.workers.facts import Depth
@@ -68,8 +69,8 @@ class Evidence:
     """None for a cluster that is no broker."""
     alarms: tuple[Alarm, ...] | str = ()
     before: Before = field(default_factory=Before)
-    goal: Claim | None = None
-    """What is claimed of the operation, if that is not that a service update is complete."""
+    goal: Goal | None = None
+    """None if it is that the service update is complete."""
 
 
 class Prove(Step):
@@ -92,14 +93,14 @@ class Prove(Step):
         failing = [claim for claim in proof if not claim.holds]
         fact = {"claims": noted(proof), "repeated": self._repeated(view)}
         if not failing:
-            return Reached({**fact, "versions": self._versions(at.group)})
+            return Reached({**fact, **self._became(at)})
         what = "; ".join(f"{claim.name}: {claim.evidence}" for claim in failing)
         seen = {**view.seen, **_noted(at.workplace), "waiting": _waiting(view, at.workplace)}
         if view.now < _began(view) + self._desk.runbook.verify_timeout or (seen["waiting"] and not _tries(view)):
             return NotYet(what, act=bool(seen["waiting"]), seen=seen)
         if _untidy(view):
             return NotYet(what, act=True, seen={**seen, "waiting": {}})
-        return Contradicted(VerificationFailed(f"verification failed: {what}"), seen=fact)
+        return Contradicted(VerificationFailed(f"verification failed: {what}"), seen={**fact, **self._became(at)})
 
     def act(self, view: View) -> Data:
         """Send canaries to the workers that wait for one; if none does, the time for canaries is over."""
@@ -117,10 +118,15 @@ class Prove(Step):
         rows = self._desk.recovery.repeated_starts(age) if self._desk.recovery else ()
         return [noted(dict(row)) for row in rows]
 
-    def _versions(self, group: Group) -> dict[str, str]:
-        """For the report: what each node runs now, as far as AWS says."""
-        nodes = known(lambda: self._desk.cloud.nodes(group), patient=False)
-        return {} if isinstance(nodes, str) else {node.node: node.engine_version for node in nodes}
+    def _became(self, at: Evidence) -> dict[str, Any]:
+        """For the report: what has become of the operation and of each node, as far as AWS says."""
+        action = at.action
+        return {
+            **made_of(known(lambda: self._desk.cloud.nodes(at.group))),
+            "came_to": at.goal.came_to if at.goal else None,
+            "status": action.status if action else None,
+            "nodes": {node.node: noted(node) for node in action.nodes} if action else {},
+        }
 
     def _read(self, view: View) -> Evidence:
         desk = self._desk
@@ -128,8 +134,8 @@ class Prove(Step):
         earlier = Before.of(view.facts["readiness"])
         nodes = [member.node for member in group.members]
         return Evidence(
-            action=find(desk, view.facts["trigger"]["update"]),
-            goal=Claim(*reached) if (reached := other_goal(desk, view)) else None,
+            action=find(desk, rotated(view.facts).get("update") or view.facts["trigger"]["update"]),
+            goal=other_goal(desk, view),
             group=group,
             endpoint=read_endpoint(desk) if desk.nodes else None,
             members=read_members(desk, group) if desk.nodes else {},
@@ -152,7 +158,7 @@ class Prove(Step):
 
 def claims(at: Evidence) -> tuple[Claim, ...]:
     """What has to be true, and whether it is. Pure."""
-    proof = [at.goal or _complete(at.action, at.group), _available(at.group)]
+    proof = [at.goal.claim if at.goal else _complete(at.action, at.group), _available(at.group)]
     if at.endpoint is not None:
         proof += [_answers(at.endpoint), _one_primary(at), _replicas_follow(at)]
     if at.stuck is not None:

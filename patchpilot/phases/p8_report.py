@@ -20,7 +20,7 @@ class WriteReport(Step):
     """The report's files say what the journal says."""
 
     name = "report"
-    title = "write report.json and report.md"
+    title = "write report.json, report.md and report.html"
     effect = Effect.PUBLISH
 
     def __init__(self, desk: Desk) -> None:

@@ -115,6 +115,15 @@ def _said(value: Any) -> str:
     return "nothing" if value in {None, ""} else str(value)
 
 
+def sentence(content: Mapping[str, Any]) -> str:
+    """What would be done, in one line."""
+    primary = content["primary"]
+    if content["operation"] == Kind.TEST_FAILOVER:
+        return f"{content['what']}: {content['group']} fails over from {primary} to one of its replicas"
+    last = f", {primary} last, after the failover" if primary else ""
+    return f"{content['what']} on {content['group']}: {' -> '.join(content['order'])}{last}"
+
+
 def aim_of(planned: Mapping[str, Any]) -> dict[str, str]:
     """What to ask for, to get what was planned."""
     if not planned:

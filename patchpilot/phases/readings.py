@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from patchpilot.elasticache.facts import Group
+from patchpilot.elasticache.facts import Group, Node
 from patchpilot.errors import Refused, Transient
 from patchpilot.phases.desk import Desk
 from patchpilot.valkey.nodes import Report
@@ -28,6 +28,16 @@ def known(ask: Callable[[], T], *, patient: bool = False) -> T | str:
         if patient:
             raise
         return str(error)
+
+
+def made_of(nodes: tuple[Node, ...] | str) -> dict[str, Any]:
+    """For the report: what each node runs and on what, as far as AWS says."""
+    shown = () if isinstance(nodes, str) else nodes
+    return {
+        "engines": {node.node: node.engine for node in shown},
+        "versions": {node.node: node.engine_version for node in shown},
+        "node_types": {node.node: node.node_type for node in shown},
+    }
 
 
 def read_endpoint(desk: Desk) -> Report | str:

@@ -51,7 +51,7 @@ class Failover:
     """``events``; or ``roles`` if AWS has told of no event: the time is when the new role was first seen then, by the
     nodes' own word or in AWS's description of the group."""
     dated: datetime | None = None
-    """The date of the event, if it cannot be right by our clock: the node that was replaced was still the primary."""
+    """The date of the event, if that is not right by our clock."""
     after: datetime | None = None
     """When the nodes last said that the old primary was the primary, if that is known."""
 
@@ -138,7 +138,7 @@ class Rotation:
         :param primary: who is the primary, as AWS says now; None if it does not say.
         :param events: all events since the baseline. Those seen before may be among them, or missing.
         :param said: who is the primary, by the nodes' own word.
-        :param behind: how far AWS's clock, which dates the events, is behind ours.
+        :param behind: how far AWS's clock, which dates the events, is behind ours; below zero if it is ahead.
         """
         known, before = self.failovers, set()
         for told in filter(None, map(failover, sorted(events))):
@@ -183,14 +183,17 @@ class Rotation:
     def _possible(self, told: Failover, now: datetime, behind: timedelta) -> Failover:
         """``told``, dated by our clock: AWS's may be behind, and a grace that counted from its date would be too short.
 
-        It counts from now if the nodes said later than its date that it had not happened yet.
+        It counts from now if the nodes said later than its date that it had not happened yet. Once it is known it keeps
+        its date: how far the clocks are apart is measured a little differently each time.
         """
-        if any(_same(each, told) for each in self.failovers):
-            return told
+        ours = replace(told, at=min(told.at + behind, now), dated=told.at) if behind else told
+        for each in self.failovers:
+            if _same(each, ours):
+                return replace(each, old=each.old or told.old) if _date(each) >= told.at and _by_event(each) else ours
         earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
         if not earlier and told.to != self.primary and self.still and told.at < self.still <= told.at + ASTRAY:
             return replace(told, at=now, dated=told.at)
-        return replace(told, at=min(told.at + behind, now), dated=told.at) if behind else told
+        return ours
 
 
 def failover(event: Event) -> Failover | None:
@@ -219,9 +222,15 @@ def _add(known: tuple[Failover, ...], told: Failover) -> tuple[Failover, ...]:
 
 def _same(known: Failover, told: Failover) -> bool:
     """Whether both are reports of one failover."""
+    if _by_event(known) and _by_event(told):
+        return known.to == told.to and abs(_date(known) - _date(told)) <= SAME
     # An event may appear long after the roles showed what happened, but its own date is not later.
-    late = known.told_by == "roles" and told.told_by == "events" and _date(told) <= _date(known) + SAME
-    return known.to == told.to and (abs(_date(known) - _date(told)) <= SAME or late)
+    late = _by_event(told) and told.at <= known.at + SAME
+    return known.to == told.to and (abs(known.at - told.at) <= SAME or late)
+
+
+def _by_event(failover: Failover) -> bool:
+    return failover.told_by == "events"
 
 
 def _date(failover: Failover) -> datetime:
@@ -233,7 +242,7 @@ def _better(one: Failover, other: Failover) -> Failover:
     if one.told_by != other.told_by:
         chosen, rest = (one, other) if one.told_by == "events" else (other, one)
         if rest.after is not None and chosen.at < rest.after <= chosen.at + ASTRAY:
-            return replace(rest, told_by="events", dated=chosen.at)
+            return replace(rest, told_by="events", dated=_date(chosen))
     else:
         chosen, rest = (one, other) if one.at >= other.at else (other, one)
     return replace(chosen, old=chosen.old or rest.old)

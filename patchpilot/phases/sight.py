@@ -34,10 +34,14 @@ class Sight:
 
     @property
     def behind(self) -> timedelta:
-        """How far AWS's clock is behind ours, at least: it answered after we had asked. Less than a second is none."""
-        if self.group.answered is None:
+        """How far AWS's clock is behind ours, at least, and below zero how far it is ahead: it answered after we had
+        asked, and before we heard. Less than a second is none."""
+        answered, heard = self.group.answered, self.group.heard
+        if answered is None:
             return timedelta()
-        return max(self.now - self.group.answered - SECOND, timedelta())
+        if heard is not None and answered > heard + SECOND:
+            return heard - answered
+        return max(self.now - answered - SECOND, timedelta())
 
     @property
     def primary(self) -> str | None:
@@ -76,9 +80,9 @@ def look_around(
 
 
 def events(desk: Desk, group: Group, since: datetime, now: datetime) -> tuple[Event, ...]:
-    """All events of the group and its nodes since some time before ``since``."""
+    """All events of the group and its nodes since some time before ``since``, up to now by whichever clock is ahead."""
     sources = {desk.group, *(member.node for member in group.members)}
-    return desk.cloud.events(sources, since - ASTRAY, now)
+    return desk.cloud.events(sources, since - ASTRAY, max(now, group.answered or now))
 
 
 def ask(desk: Desk, group: Group) -> dict[str, Report | str]:

@@ -26,6 +26,14 @@ OWN_PHASE = "report"
 
 _PREFLIGHT: Mapping[str, Any] = {"checks": [], "waivers": {}}
 
+_CAME_TO = {
+    "over": "complete", "complete": "complete", "stopped": "stopped", "stopping": "stopped", "ready": "not-begun",
+    "not-applied": "not-begun", "scheduled": "not-begun", "impossible": "not-applicable",
+    "not-applicable": "not-applicable", "unknown": "unknown",
+    "running": "incomplete",
+}  # fmt: skip
+"""What an operation that was to be stopped came to, by what its proof says, or else by AWS's status of the update."""
+
 _STOPPED = {Exit.BLOCKED: "blocked", Exit.VERIFICATION_FAILED: "verification-failed"}
 
 
@@ -55,7 +63,7 @@ def build(entries: Sequence[Entry], run: Run) -> Json:
         "phases": phases(told, record),
         "preflight": {key: _latest(record, "readiness").get(key, empty) for key, empty in _PREFLIGHT.items()},
         "operation": _operation(record, facts),
-        "abort": _abort(facts),
+        "abort": _abort(record, facts),
         "update": _update(record, facts),
         "nodes": _nodes(record, facts),
         "timeline": timeline(told),
@@ -76,7 +84,7 @@ def _outcome(record: RunRecord, told: Sequence[Entry]) -> tuple[str, str | None]
     if record.finished and "why" in record.finished.data:  # it ended early: nothing to do, or aborted
         return record.finished.data["outcome"], record.finished.data["why"]
     if record.step("verify").reached:
-        abort = _abort(record.facts())
+        abort = _abort(record, record.facts())
         return ("aborted", abort["why"]) if abort else ("done", None)
     last = told[-1] if told else None
     if last and last.kind is Kind.CONTRADICTED:
@@ -116,13 +124,20 @@ def _operation(record: RunRecord, facts: Mapping[str, Any]) -> Json:
     }
 
 
-def _abort(facts: Mapping[str, Any]) -> Json | None:
-    """Why the rotation was stopped, and how far it had come."""
-    stopped = facts.get("stop", {})
+def _abort(record: RunRecord, facts: Mapping[str, Any]) -> Json | None:
+    """Why the rotation was to be stopped, and what it came to: AWS may have completed it all the same."""
+    stopped, proof = facts.get("stop", {}), _latest(record, "verify")
     abort = facts.get("watch", {}).get("abort")
     if not abort:
         return None
-    return {**abort, "status": stopped.get("status"), "requests": stopped.get("attempts")}
+    status = proof.get("status") or stopped.get("status")
+    return {
+        **abort,
+        "status": status,
+        "requests": stopped.get("attempts"),
+        "given_up": "given_up" in facts.get("trigger", {}),
+        "came_to": _CAME_TO.get(proof.get("came_to") or status or ""),
+    }
 
 
 def _rotated(record: RunRecord) -> Mapping[str, Any]:
@@ -144,7 +159,8 @@ def _update(record: RunRecord, facts: Mapping[str, Any]) -> Json | None:
     name = (ready["action"] or {}).get("update") or watch.get("update")
     if name is None:
         return None
-    rows = watch.get("nodes", {}).values()
+    proof = _latest(record, "verify")
+    rows = (proof.get("nodes") or watch.get("nodes", {})).values()
     dates = dict.fromkeys(
         ("severity", "kind", "engine", "description", "estimate", "released", "recommended_by", "ends", "automatic")
     )
@@ -152,7 +168,7 @@ def _update(record: RunRecord, facts: Mapping[str, Any]) -> Json | None:
         **dates,
         **(ready["update"] or {}),
         "name": name,
-        "status": watch.get("status") or trigger.get("status") or (ready["action"] or {}).get("status"),
+        "status": proof.get("status") or watch.get("status") or (trigger or ready["action"] or {}).get("status"),
         "how": trigger.get("how"),
         "attempts": trigger.get("attempts"),
         "initiated_by": sorted({row.get("initiated_by", "") for row in rows} - {""}) or trigger.get("initiated_by", []),
@@ -161,16 +177,18 @@ def _update(record: RunRecord, facts: Mapping[str, Any]) -> Json | None:
 
 
 def _nodes(record: RunRecord, facts: Mapping[str, Any]) -> list[Json]:
-    before, after = (facts.get(step, {}).get("versions", {}) for step in ("readiness", "verify"))
-    rows = _rotated(record).get("nodes", {})
+    """How far each node came, and what it was and is: of an operation that nobody can prove good, too."""
+    before, after = facts.get("readiness", {}), _latest(record, "verify")
+    rows = after.get("nodes") or _rotated(record).get("nodes", {})
+    made_of = {"engine": "engines", "engine_version": "versions", "node_type": "node_types"}
     return [
         {
             **rows.get(name, {}),
             "node": name,
-            "engine_version_before": before.get(name),
-            "engine_version_after": after.get(name),
+            **{f"{what}_before": before.get(key, {}).get(name) for what, key in made_of.items()},
+            **{f"{what}_after": after.get(key, {}).get(name) for what, key in made_of.items()},
         }
-        for name in sorted({*before, *rows, *after})
+        for name in sorted({*before.get("versions", {}), *rows, *after.get("versions", {})})
     ]
 
 

@@ -13,11 +13,15 @@ from patchpilot.engine.journal import Journal
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.journal import Run
 from patchpilot.report.build import build
+from patchpilot.report.html import html
 from patchpilot.report.markdown import markdown
 
+KINDS = ("json", "markdown", "html")
+"""What each file is, in the order in which they are written: the source of truth first."""
 
-def write(report: dict[str, Any], directory: Path) -> tuple[Path, Path]:
-    """Write ``<directory>/<run id>/report.json`` and ``report.md``, and return their paths.
+
+def write(report: dict[str, Any], directory: Path) -> tuple[Path, ...]:
+    """Write ``<directory>/<run id>/report.json``, ``report.md`` and ``report.html``, and return their paths.
 
     :raises NeedsOperator: the directory cannot be written.
     """
@@ -56,16 +60,15 @@ class Files:
     def _described(self, text: str) -> dict[str, str]:
         paths = _paths(self._directory, self._run.id)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return {"json": str(paths[0]), "markdown": str(paths[1]), "sha256": digest}
+        return {**dict(zip(KINDS, map(str, paths), strict=True)), "sha256": digest}
 
 
-def _paths(directory: Path, run_id: str) -> tuple[Path, Path]:
-    folder = directory / run_id
-    return folder / "report.json", folder / "report.md"
+def _paths(directory: Path, run_id: str) -> tuple[Path, ...]:
+    return tuple(directory / run_id / f"report.{end}" for end in ("json", "md", "html"))
 
 
-def _texts(report: dict[str, Any]) -> tuple[str, str]:
-    return json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n", markdown(report)
+def _texts(report: dict[str, Any]) -> tuple[str, ...]:
+    return json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n", markdown(report), html(report)
 
 
 def _read(path: Path) -> str | None:

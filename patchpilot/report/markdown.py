@@ -1,266 +1,45 @@
-"""From ``report.json`` to a page that a person reads. Pure."""
+"""The report as Markdown. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from typing import Any
 
-Json = dict[str, Any]
-
-_VERDICTS = {
-    "done": "**Done and proven.** The operation is complete on every node; every claim below held at the same moment.",
-    "aborted": "**Aborted.** The update was stopped before it was complete, or never begun.",
-    "nothing-to-do": "**Nothing to do.** Nothing was changed.",
-    "blocked": "**Blocked by pre-flight.** The cluster was not touched.",
-    "verification-failed": "**Not proven.** The runbook ran, but not every claim holds. The same command tries again.",
-    "stopped": "**Stopped.** Somebody has to see to it; then the same command goes on from here.",
-    "unfinished": "**Not finished.** The same command goes on from here.",
-}
+from patchpilot.report.pages import Cell, Code, Section, Strong, page
 
 
-def markdown(report: Json) -> str:
+def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    sections = (
-        _head(report), _abort(report), _claims(report), _update(report), _nodes(report), _failovers(report),
-        _stuck(report), _remedies(report), _repeated(report), _phases(report), _interruptions(report), _checks(report),
-        _timeline(report),
-    )  # fmt: skip
-    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+    it = page(report)
+    head = [f"# {it.title}", "", f"**{it.verdict}** {it.more}", *(["", f"> {_line(it.why)}"] if it.why else [])]
+    parts = [[*head, "", *_table(("", ""), it.facts)], *map(_section, it.sections)]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
-def _head(report: Json) -> list[str]:
-    lines = [f"# Patch of {report['cluster']} ({report['environment']})", "", _VERDICTS[report["outcome"]]]
-    if report["why"]:
-        lines += ["", f"> {_line(report['why'])}"]
-    facts = [
-        ("Run", report["run_id"]),
-        ("Replication group", report["group"]),
-        ("Role", report["role"]),
-        ("Operation", report["operation"]["what"] or report["operation"]["kind"]),
-        ("Plan", _plan(report["operation"])),
-        ("Started", _at(report["started_at"])),
-        ("Finished", _at(report["finished_at"])),
-        ("Took", _length(report["seconds"])),
-        ("Stuck after the patch", _count(report["findings"]["items"], report["findings"]["skipped"])),
-        ("Recovered", _count(report["remedies"]["after"], report["findings"]["skipped"])),
-        ("Left alone", _count(report["remedies"]["left"], report["findings"]["skipped"])),
-        ("patchpilot", report["version"]),
-    ]
-    return [*lines, "", *_table(("", ""), facts)]
+def _section(section: Section) -> list[str]:
+    text = ["", section.text] if section.text else []
+    return [f"## {section.title}", *text, *(["", *_table(section.head, section.rows)] if section.rows else [])]
 
 
-def _plan(operation: Json) -> str | None:
-    """The digest of what was set out for, and who agreed to it."""
-    if operation["plan"] is None:
-        return None
-    held = ", to which the run was held" if operation["held_to"] else ""
-    by = f", approved by {operation['approved_by']}" if operation["approved_by"] else ""
-    return f"{operation['plan']}{held}{by}"
+def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    body = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *body]
 
 
-def _abort(report: Json) -> list[str]:
-    abort = report["abort"]
-    if not abort:
-        return []
-    how = {0: "without a request of this run", None: "it is being stopped"}.get(
-        abort["requests"], "AWS was asked to stop it"
-    )
-    rows = [("Why", abort["why"]), ("By", abort["by"]), ("How", how), ("Status in the end", abort["status"])]
-    return _section("Aborted", "Nodes in progress were finished; nothing was rolled back.", _table(("", ""), rows))
+def _cell(value: Cell) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_words, value))
+    return "-" if value in (None, "") else _words(value)
 
 
-def _claims(report: Json) -> list[str]:
-    claims = report["verification"]["claims"]
-    rows = [(each["name"], "holds" if each["holds"] else "**does not hold**", each["evidence"]) for each in claims]
-    return _section("Proof", "", _table(("Claim", "", "Evidence"), rows)) if claims else []
-
-
-def _update(report: Json) -> list[str]:
-    update = report["update"]
-    if not update:
-        return []
-    automatic = {True: "yes", False: "no: AWS does nothing by itself", None: "AWS does not say"}[update["automatic"]]
-    rows = [
-        ("Update", update["name"]),
-        ("What it is", update["description"] or update["kind"]),
-        ("Severity", update["severity"]),
-        ("Status", update["status"]),
-        ("How it came to run", _how(update)),
-        ("Recommended by (compliance)", _at(update["recommended_by"])),
-        ("Within that date, says AWS", update["sla_met"]),
-        ("Cannot be applied after", _at(update["ends"])),
-        ("Applied by AWS itself after the recommended date", automatic),
-    ]
-    return _section("Service update", "", _table(("", ""), rows))
-
-
-def _how(update: Json) -> str | None:
-    if update["how"] is None:
-        return None
-    who = f"; initiated by {' and '.join(update['initiated_by'])}, says AWS" if update["initiated_by"] else ""
-    if update["how"] == "adopted":
-        return f"adopted: it ran already{who}"
-    if update["how"] == "requested":
-        return "requested by this run and given up: AWS did not show that it began"
-    again = (
-        f" ({update['attempts']} attempts: those before the last were interrupted)" if update["attempts"] > 1 else ""
-    )
-    return f"applied by this run{again}{who}"
-
-
-def _nodes(report: Json) -> list[str]:
-    rows = [
-        (
-            each["node"],
-            each.get("status"),
-            _at(each.get("started")),
-            _at(each.get("ended")),
-            each["engine_version_before"],
-            each["engine_version_after"],
-        )
-        for each in report["nodes"]
-    ]
-    return (
-        _section("Nodes", "", _table(("Node", "Update", "Began", "Ended", "Version before", "After"), rows))
-        if rows
-        else []
-    )
-
-
-def _failovers(report: Json) -> list[str]:
-    rows = [(_at(each["at"]), each["old"], each["to"], _told_by(each["told_by"])) for each in report["failovers"]]
-    grace = _grace(report["grace"])
-    if not rows and not grace:
-        return []
-    return _section("Failovers and grace", grace, _table(("When", "From", "To", "Told by"), rows))
-
-
-def _grace(grace: Json | None) -> str:
-    if grace is None:
-        return ""
-    again = f" It began anew {grace['rearmed']} time(s), after a further failover." if grace["rearmed"] else ""
-    ends, length = _at(grace["deadline"]), _length(grace["seconds"])
-    return f"Recovery was held back until {ends}: {length} from the {grace['because']}.{again}"
-
-
-def _told_by(source: str) -> str:
-    return "events" if source == "events" else "roles: AWS told of no event, so this is when it was first seen"
-
-
-def _stuck(report: Json) -> list[str]:
-    found = report["findings"]
-    if found["skipped"]:
-        return _section("What was stuck", f"Not looked for: {found['skipped']}.", [])
-    rows = [
-        (each["kind"], f"`{each['id']}`", each.get("callback"), each["diagnosis"], each["remedy"], each["reason"])
-        for each in [*found["items"], *found["young"]]
-    ]
-    if not rows:
-        return []
-    young = (
-        [f"{len(found['young'])} too young to be sure of, which the next phase waited for"] if found["young"] else []
-    )
-    summary = ", ".join([*(f"{number} {name}" for name, number in found["counts"].items()), *young])
-    return _section("What was stuck", summary, _table(("Kind", "Id", "Callback", "Diagnosis", "Remedy", "Why"), rows))
-
-
-def _remedies(report: Json) -> list[str]:
-    remedies = report["remedies"]
-    lines: list[str] = []
-    for title, key in (("Recovered before the patch", "before"), ("Recovered after the patch", "after")):
-        rows = [(_at(e["at"]), e["kind"], f"`{e['id']}`", e["remedy"], e["reason"]) for e in remedies[key]]
-        lines += [*_section(title, "", _table(("When", "Kind", "Id", "Remedy", "Why"), rows)), ""] if rows else []
-    left = [(each["kind"], f"`{each['id']}`", each["reason"]) for each in remedies["left"]]
-    text = "Recovery left these alone; each says why."
-    lines += [*_section("Left alone", text, _table(("Kind", "Id", "Why"), left)), ""] if left else []
-    return lines[:-1]
-
-
-def _repeated(report: Json) -> list[str]:
-    rows = [
-        (each.get("callback_name"), f"`{each.get('task_id')}`", f"`{each.get('group_id')}`", each.get("starts"))
-        for each in report["may_have_run_twice"]
-    ]
-    text = (
-        "A worker died inside each of these callbacks and it was started again: what it had done by then, it did twice."
-    )
-    return (
-        _section("May have run twice in part", text, _table(("Callback", "Task", "Chord", "Starts"), rows))
-        if rows
-        else []
-    )
-
-
-def _phases(report: Json) -> list[str]:
-    rows = [
-        (each["title"], each["state"].replace("-", " "), _at(each["started_at"]), _length(each["seconds"]))
-        for each in report["phases"]
-    ]
-    return _section("Phases", "", _table(("Phase", "", "Began", "Took"), rows))
-
-
-def _interruptions(report: Json) -> list[str]:
-    how = {"killed": "died without a word", "stopped": "stopped on request", "gave-up": "gave up"}
-    rows = [
-        (
-            _at(each["left_at"]),
-            f"{how[each['how']]} after {each['after']}",
-            each["why"],
-            _at(each["resumed_at"]),
-            each["resumed_in"],
-        )
-        for each in report["interruptions"]
-    ]
-    head = ("Left", "How", "Why", "Taken up again", "In")
-    return _section("Interruptions", "", _table(head, rows)) if rows else []
-
-
-def _checks(report: Json) -> list[str]:
-    checks, waivers = report["preflight"]["checks"], report["preflight"]["waivers"]
-    rows = [(each["name"], _verdict(each), each["evidence"], each["mend"]) for each in checks]
-    given = "Waived: " + "; ".join(f"{name} ({_line(reason)})" for name, reason in sorted(waivers.items())) + "."
-    table = _table(("Check", "Verdict", "Evidence", "To mend it"), rows)
-    return _section("Pre-flight", given if waivers else "", table) if rows else []
-
-
-def _verdict(check: Json) -> str:
-    return f"{check['verdict']}, **waived**: {check['waived']}" if check.get("waived") else str(check["verdict"])
-
-
-def _timeline(report: Json) -> list[str]:
-    rows = [(_at(each["at"]), each["what"], each["status"]) for each in report["timeline"]]
-    return _section("What the watch saw", "", _table(("When", "What", "Status"), rows)) if rows else []
-
-
-def _section(title: str, text: str, table: list[str]) -> list[str]:
-    return [f"## {title}", *(["", text] if text else []), *(["", *table] if table else [])]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    body = [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
-    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *body] if body else []
-
-
-def _cell(value: Any) -> str:
-    return "-" if value in (None, "") else _line(str(value)).replace("|", "\\|")
+def _words(value: Any) -> str:
+    match value:
+        case Code(text):
+            return f"`{_words(text)}`"
+        case Strong(text):
+            return f"**{_words(text)}**"
+    return _line(str(value)).replace("|", "\\|")
 
 
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _count(rows: Sequence[Any], skipped: str | None) -> str:
-    return "not looked for" if skipped else str(len(rows))
-
-
-def _at(text: str | None) -> str | None:
-    return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" if text else None
-
-
-def _length(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

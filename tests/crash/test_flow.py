@@ -13,9 +13,22 @@ import pytest
 from patchpilot.elasticache.facts import Modification, Unprocessed
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask
-from patchpilot.errors import Aborted, Blocked, NeedsOperator, NothingToDo, PatchpilotError, Throttled, Unsafe
+from patchpilot.errors import (
+    Aborted,
+    Blocked,
+    NeedsOperator,
+    NothingToDo,
+    PatchpilotError,
+    Throttled,
+    Transient,
+    Unsafe,
+    VerificationFailed,
+)
 from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.order import Order
+from patchpilot.postgres.journal import Run
+from patchpilot.recovery.findings import Remedy
+from patchpilot.report import build, markdown
 from tests.crash.flow import ORDERS, Flow, arranged, substance
 from tests.crash.killing import Kill, Side
 from tests.crash.world import GROUP, NAMES, RUNBOOK, UPDATE, stuck
@@ -39,13 +52,31 @@ def test_each_kind_crashed_at_every_entry_ends_in_the_same_state_and_is_started_
         assert len(flow.world.applied) == len(calm.world.applied), death
 
 
-def test_the_report_of_an_upgrade_shows_the_versions_before_and_after(tmp_path: Path) -> None:
-    flow = arranged(tmp_path, "engine-upgrade")
-    flow.run()
-    shown = {(it["engine_version_before"], it["engine_version_after"]) for it in flow.report()["nodes"]}
-    [(before, after)] = shown
-    assert before != after
-    assert after.startswith("8.1")
+@pytest.mark.parametrize("proven", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("engine-upgrade", ["Version before | Version after", "| valkey 8.0.1 | valkey 8.1 |"]),
+        ("node-type", ["Type before | Type after", "| cache.r7g.large | cache.r7g.xlarge |"]),
+        ("service-update", ["Version before | Version after", "| valkey 8.0.1 | valkey 8.0.1 |"]),
+    ],
+)
+def test_the_report_shows_of_each_node_what_the_operation_is_about(
+    tmp_path: Path, kind: str, shown: list[str], proven: bool
+) -> None:
+    """Before and after; also if it could not be proven good."""
+    flow = arranged(tmp_path, kind)
+    if not proven:
+        flow.in_(1, lambda: flow.world.stick(stuck("odd", Remedy.NONE)))
+        flow.refuses(VerificationFailed)
+        page = markdown(build(flow.journal.entries(), Run("run", "test", "broker", flow.clock.now())))
+    else:
+        flow.run()
+        page = next(tmp_path.glob("*/report.md")).read_text()
+    section = page.partition("## Nodes")[2].partition("##")[0]
+    assert [section.count(each) for each in shown] == [1, 3]
+    assert ("Type" in section) == (kind == "node-type")
+    assert ("Version" in section) == (kind != "node-type")
 
 
 @pytest.mark.parametrize("kind", ["engine-upgrade", "node-type", "test-failover"])
@@ -119,6 +150,24 @@ def test_the_failover_of_a_minute_ago_is_not_the_one_of_this_game_day(tmp_path: 
     assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
     assert flow.entries("trigger", Kind.REACHED)[0].data["how"] == "applied"
     assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+
+
+@pytest.mark.parametrize("back_after", [2.5, 4])
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_game_day_that_ends_where_it_began_is_over_all_the_same(
+    tmp_path: Path, silent: bool, back_after: float
+) -> None:
+    """One more failover, back to the old primary, before the watch is over or in the grace; no event tells of any."""
+    flow = Flow(tmp_path, ORDERS["test-failover"], grace=timedelta(minutes=3))
+    flow.world.tells_of_failovers = False
+    if silent:
+        flow.world.surprises |= {f"{name}.test": [Transient("silent")] * 2000 for name in NAMES}
+    back_after += 1 if silent else 0  # what only AWS shows has to be sure before the request
+    flow.in_(back_after, lambda: flow.world.fail_over(NAMES[0]))
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+    if not silent:  # AWS's roles may be old ones: what is back at once is not believed
+        assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1], NAMES[0]]
 
 
 def test_nothing_to_observe_is_nothing_to_do(tmp_path: Path) -> None:
@@ -297,6 +346,27 @@ def test_an_approval_is_for_what_was_shown_and_for_nothing_else(tmp_path: Path) 
     flow.run()
     assert flow.outcome == "done"
     assert flow.world.applied[0] - asked >= timedelta(minutes=30)
+
+
+@pytest.mark.parametrize("refused_by", ["aws", "pre-flight", "a world that changed and changed back"])
+def test_an_approval_stays_good_for_its_plan_after_a_refusal(tmp_path: Path, refused_by: str) -> None:
+    flow = waiting(tmp_path)
+    flow.world.ask(Ask.APPROVE, digest=pending(flow))
+    if refused_by == "aws":
+        flow.world.surprises["apply"] = [NeedsOperator("AWS denies access")]
+        flow.refuses(NeedsOperator)
+    elif refused_by == "pre-flight":
+        flow.crash((Kind.REACHED, "approve"))
+        flow.world.group_changes = {"automatic_failover": "disabled"}
+        flow.refuses(Blocked)
+        flow.world.group_changes = {}
+    else:
+        flow.crash((Kind.REACHED, "approve"))
+        flow.world.change(primary=NAMES[1])
+        flow.crash((Kind.OBSERVED, "approve"))
+        flow.world.change(primary=NAMES[0])
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied), len(flow.world.requests)) == ("done", 1, 1)
 
 
 def test_what_begins_by_itself_needs_no_approval_any_more(tmp_path: Path) -> None:

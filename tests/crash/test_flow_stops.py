@@ -130,6 +130,51 @@ def test_what_aws_never_lists_again_can_be_given_up_and_its_failover_is_dealt_wi
     assert ("operation-stopped", True) in substance(flow)["claims"]
 
 
+@pytest.mark.parametrize(
+    ("update", "came_to", "words"),
+    [
+        (UpdateStatus.COMPLETE, "complete", "**Aborted, but complete.**"),
+        (UpdateStatus.STOPPED, "stopped", "stopped before it was complete"),
+        (UpdateStatus.NOT_APPLICABLE, "not-applicable", "applies no longer"),
+        (None, "unknown", "AWS does not show what has become of it"),
+    ],
+)
+def test_the_report_of_a_run_that_was_given_up_says_what_became_of_it(
+    tmp_path: Path, update: str | None, came_to: str, words: str
+) -> None:
+    """AWS lists it again, if it does, only after the run has gone on to its grace."""
+    flow, shown = Flow(tmp_path), {}
+    unlisted(flow, shown)
+    flow.in_(5, lambda: flow.world.ask(Ask.STOP))
+    flow.crash((Kind.INTENDED, "grace"))
+    if update:
+        shown.update(again=True)
+        rows = {name: replace(row, status=update) for name, row in flow.world.now.nodes.items()}
+        flow.world.change(update=update, nodes=rows, status="available")
+    flow.run()
+    report, page = flow.report(), next(tmp_path.glob("*/report.md")).read_text()
+    assert (flow.outcome, report["abort"]["came_to"], report["abort"]["given_up"]) == ("aborted", came_to, True)
+    assert report["update"]["status"] == report["abort"]["status"]
+    assert report["abort"]["status"] == (update or None)
+    assert {row.get("status") for row in report["nodes"]} == {update}
+    assert words in page
+    assert "given up, because AWS did not show that it began" in page
+    assert ("Nodes in progress were finished" in page) == (update == UpdateStatus.STOPPED)
+
+
+def test_the_report_of_a_request_that_came_to_nothing_says_that_it_does_not_run(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "node-type")
+    flow.world.modify = lambda group, change: flow.world.applied.append(flow.clock.now()) or Application("modifying")  # type: ignore[method-assign, func-returns-value]
+    flow.refuses(Unsafe)
+    flow.world.ask(Ask.STOP)
+    flow.run()
+    assert flow.report()["abort"]["came_to"] == "not-begun"
+    page = next(tmp_path.glob("*/report.md")).read_text()
+    assert "AWS shows that it does not run" in page
+    assert "Type before | Type after" in page
+    assert "| cache.r7g.large | cache.r7g.large |" in page
+
+
 def test_stopped_by_a_colleague_while_aws_lists_nothing_it_ends_by_itself(tmp_path: Path) -> None:
     flow, shown = Flow(tmp_path), {}
     unlisted(flow, shown)
@@ -151,6 +196,62 @@ def test_a_request_of_any_kind_that_comes_to_nothing_can_be_given_up(tmp_path: P
     flow.run()
     assert (flow.outcome, len(flow.world.applied)) == ("aborted", 1)
     assert flow.report()["abort"]["why"].startswith("stop asked for by ann")
+
+
+def comes_to_nothing(flow: Flow) -> None:
+    """AWS begins, and then nothing more happens: no failover, or no further node."""
+
+    def begin(*_: object) -> Application:
+        flow.world.applied.append(flow.clock.now())
+        flow.world.happen(GROUP, "Test Failover API called for node group 0001")
+        flow.world.change(versions={**flow.world.now.versions, NAMES[2]: "8.1"})
+        return Application("modifying")
+
+    flow.world.test_failover = flow.world.modify = begin  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("kind", ["test-failover", "engine-upgrade"])
+def test_what_leaves_signs_and_comes_to_nothing_says_how_long_it_waits_and_can_be_given_up(
+    tmp_path: Path, kind: str
+) -> None:
+    flow = arranged(tmp_path, kind)
+    comes_to_nothing(flow)
+    began = flow.clock.now()
+    flow.in_(30, lambda: flow.world.ask(Ask.STOP))  # too early: something may still come of it
+    words = flow.refuses(Unsafe)
+    assert "has not come to its end within 2h00m" in words
+    assert words.count("the group is available") + words.count("group available") == 1
+    assert words.endswith("give it up with `patchpilot stop` and run the same command again")
+    [until] = {line.partition("waited for until ")[2][:23] for line in flow.said if "waited for until" in line}
+    assert until == f"{began + RUNBOOK.stall:%Y-%m-%d %H:%M:%S} UTC"[:23]
+    flow.run()
+    report = flow.report()
+    assert (flow.outcome, len(flow.world.applied), report["abort"]["came_to"]) == ("aborted", 1, "incomplete")
+    assert report["failovers"] == []
+    assert all(claim["holds"] for claim in report["verification"]["claims"])
+
+
+def test_a_failover_that_comes_after_all_while_it_is_given_up_is_dealt_with(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "test-failover")
+    comes_to_nothing(flow)
+    flow.refuses(Unsafe)
+    flow.world.ask(Ask.STOP)
+    flow.in_(0.5, lambda: flow.world.fail_over(NAMES[1]))
+    flow.run()
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+    assert flow.report()["abort"]["came_to"] == "complete"
+    assert [row["id"] for row in flow.report()["remedies"]["after"]] == ["chord-0"]
+
+
+def test_what_is_still_under_way_is_not_given_up(tmp_path: Path) -> None:
+    flow = arranged(tmp_path, "test-failover")
+    comes_to_nothing(flow)
+    flow.in_(1, lambda: flow.world.change(status="modifying"))
+    for _ in range(2):
+        words = flow.refuses(Unsafe)
+        assert words.endswith("the same command goes on watching")
+        flow.world.ask(Ask.STOP)
+    assert (flow.outcome, flow.entries("watch", Kind.REACHED)) == ("unfinished", [])
 
 
 def test_an_update_that_is_not_listed_any_more_after_it_ran_can_be_given_up(tmp_path: Path) -> None:

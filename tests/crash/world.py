@@ -104,7 +104,7 @@ class World:
         self.initiator = "customer"
         self.tells_of_failovers = True
         self.behind = timedelta()
-        """How far the cloud's clock, which dates events and answers, is behind ours."""
+        """How far the cloud's clock, which dates events and answers, is behind ours; below zero, ahead."""
         self.fails_over = True
         self.surprises: dict[str, list[BaseException | Callable[[], object]]] = {}
         """What happens in the next call of that name: ``apply`` before and ``applied`` after it took effect."""
@@ -167,6 +167,7 @@ class World:
             group, shown.status, members, (shown.status,), ("0001",), "enabled", "enabled", cluster_enabled=False,
             engine="valkey", node_type=shown.node_type, effective_durability="disabled", snapshot_window="18:00-19:00",
             endpoint=("broker.test", 6379), answered=self.clock.now() - self.behind,
+            heard=self.clock.now(),
         )  # fmt: skip
         return replace(about, **self.group_changes)  # type: ignore[arg-type]
 

@@ -11,12 +11,14 @@ import psycopg
 import pytest
 
 from patchpilot.cli import asking
+from patchpilot.cli.approving import approve
 from patchpilot.cli.console import Output
+from patchpilot.cli.report import Format, report
 from patchpilot.cli.run import _Pilot
 from patchpilot.cli.status import status
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask, approval, hold, stop
-from patchpilot.errors import NothingToDo, ResumeLater, Usage
+from patchpilot.errors import NothingToDo
 from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.order import Order, settle
 from patchpilot.postgres import requests
@@ -27,6 +29,10 @@ from patchpilot.settings import Cluster, Settings
 from tests.integration.test_journal import Forgetful
 
 KEY = "0123456789abcdef"
+PROPOSAL = {
+    "operation": "service-update", "what": "service update u", "group": "b", "primary": "b-001",
+    "order": ["b-002", "b-001"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -138,18 +144,11 @@ def test_the_commands_say_at_once_when_they_can_have_no_effect(
     journal = begin(database, Order(approve_before="trigger"))
     with pytest.raises(NothingToDo, match="is not told to pause"):
         asking.resume("broker", config)
-    with pytest.raises(ResumeLater, match="does not wait for an approval yet"):
-        asking.approve("broker", config)
     journal.append(Kind.INTENDED, "trigger", "approve")
-    journal.append(Kind.OBSERVED, "trigger", "approve", {"digest": KEY, "proposal": {"what": "service update u"}})
-    with pytest.raises(Usage, match=f"what waits is plan {KEY}"):
-        asking.approve("broker", config, "f" * 16)
+    journal.append(Kind.OBSERVED, "trigger", "approve", {"digest": KEY, "proposal": PROPOSAL})
     status(journal.run_id, config)
     assert f"waits for the approval of plan {KEY}: service update u" in capsys.readouterr().out
-    asking.approve("broker", config, KEY, "looks fine", Output.JSON)
-    told = capsys.readouterr()
-    assert json.loads(told.out)["digest"] == KEY
-    assert f"approved: service update u (plan {KEY})" in told.err
+    approve("broker", config, KEY, "looks fine")
     asking.pause("broker", config)
     with pytest.raises(NothingToDo, match="is to pause already"):
         asking.pause("broker", config)
@@ -170,18 +169,39 @@ def test_the_commands_say_at_once_when_they_can_have_no_effect(
     ]  # fmt: skip
 
 
-def test_what_aws_cannot_stop_and_what_is_over_is_not_asked_to_stop(database: Database, config: Path) -> None:
+def test_what_aws_cannot_stop_is_not_asked_to_stop_unless_it_takes_too_long(database: Database, config: Path) -> None:
     journal = begin(database, Order(Do.ENGINE_UPGRADE, engine_version="9.2"))
     with pytest.raises(NothingToDo, match="needs no approval"):
-        asking.approve("broker", config)
+        approve("broker", config)
     journal.append(Kind.INTENDED, "trigger", "trigger")
     journal.append(Kind.REACHED, "trigger", "trigger")
     with pytest.raises(NothingToDo, match=r"AWS offers no way to stop a running engine upgrade to 9\.2"):
         asking.stop("broker", config)
+    journal.append(Kind.INTENDED, "watch", "watch")
+    journal.append(Kind.CONTRADICTED, "watch", "watch", {"why": "it has not come to its end"})
+    asking.stop("broker", config)  # it takes too long: the run may be able to give it up
+    [asked] = requests.requests(database, journal.run_id)
+    assert asked.ask is Ask.STOP
+
+
+def test_what_is_over_is_not_asked_to_stop(database: Database, config: Path) -> None:
+    journal = begin(database)
     journal.append(Kind.INTENDED, "grace", "grace")
     with pytest.raises(NothingToDo, match="is over: there is nothing to stop"):
         asking.stop("broker", config)
     assert requests.requests(database, journal.run_id) == ()
+
+
+def test_the_report_of_a_run_is_printed_as_asked_for(
+    database: Database, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = begin(database).run_id
+    begins = {Format.TEXT: "# Patch of broker", Format.JSON: "{", Format.HTML: "<!doctype html>"}
+    for output, beginning in begins.items():
+        report(run_id, config, output=output)
+        printed = capsys.readouterr().out
+        assert printed.startswith(beginning)
+        assert run_id in printed
 
 
 def test_a_run_that_was_told_to_pause_is_listed_as_paused(database: Database) -> None:

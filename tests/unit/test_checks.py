@@ -372,7 +372,7 @@ def test_a_broker_is_not_patched_past_something_unknown_until_somebody_answers_f
     assert (waived["name"], waived["verdict"], waived["waived"]) == ("alarms", "unknown", "on the wall")
     page = markdown(report)
     assert "Waived: alarms (on the wall); history (not needed)." in page
-    assert "| alarms | unknown, **waived**: on the wall |" in page
+    assert "| alarms | unknown, **waived:** on the wall |" in page
     # Somebody answered for not knowing of the alarms, so nothing is claimed of them at the end.
     assert "alarms-quiet" not in [claim["name"] for claim in report["verification"]["claims"]]
     reached = [entry for entry in entries if (entry.step, entry.kind) == ("readiness", Kind.REACHED)]

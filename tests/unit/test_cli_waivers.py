@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from patchpilot.cli.preflight import read_waivers
+from patchpilot.cli.orders import read_waivers
 from patchpilot.errors import Usage
 
 

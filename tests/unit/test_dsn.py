@@ -29,6 +29,8 @@ GOOD = [
     "postgresql://u:hunter2#:?tail@[::1]:5432/db?sslmode=require",
     "postgresql:///db?host=/tmp",
     "host=h port=1 password='hunter 2@'",
+    "postgresql://u:hunter2@h/db?connect_timeout=1.5&keepalives=1&keepalives_idle=30&tcp_user_timeout=9000",
+    "host=h connect_timeout='' keepalives=",
     "service=db",
 ]
 

@@ -87,6 +87,18 @@ def test_a_wrong_setting_is_refused_in_one_line(key: str, value: object, words: 
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("ages", [{"min_age": 60, "max_age": 60}, {"max_age": 300}, {"min_age": 90000}])
+def test_a_window_with_nothing_in_it_is_a_wrong_setting(ages: dict[str, int]) -> None:
+    from celery import Celery
+    from celery.exceptions import ImproperlyConfigured
+
+    app = Celery("light", broker="memory://", backend="patchpilot+redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.patchpilot_postgres = "postgresql://h/d"
+    app.conf.update({f"patchpilot_recovery_{name}": value for name, value in ages.items()})
+    with pytest.raises(ImproperlyConfigured, match=r"patchpilot_recovery_min_age .* must be below"):
+        _ = app.backend
+
+
 @pytest.mark.parametrize(("given", "meant"), [(True, "required"), (False, "off"), ("warn", "warn"), (None, "required")])
 def test_journalling_is_on_off_or_a_warning(given: object, meant: str) -> None:
     from celery import Celery

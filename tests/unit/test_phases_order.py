@@ -21,6 +21,9 @@ UPGRADE = {"operation": "engine-upgrade", "engine_version": "9.1"}
         ({"operation": "engine-upgrade"}, "operation engine-upgrade needs --engine-version"),
         ({"operation": "node-type"}, "operation node-type needs --node-type"),
         ({"engine_version": "9.1"}, "--engine-version goes with --operation engine-upgrade"),
+        ({"operation": "engine-upgrade", "engine_version": "abc"}, "--engine-version: 'abc' is no version"),
+        ({"operation": "engine-upgrade", "engine_version": "8."}, "--engine-version: '8.' is no version"),
+        ({**UPGRADE, "engine": "postgres"}, "--engine: 'postgres' is none of redis, valkey"),
         ({"engine": "valkey"}, "--engine goes with --operation engine-upgrade"),
         ({"node_type": "cache.r7g.large"}, "--node-type goes with --operation node-type"),
         ({"operation": "test-failover", "update": "u"}, "--update goes with --operation observe or service-update"),
@@ -57,6 +60,8 @@ def settled(on_record: Order | None, *, begun: bool, **asked: str) -> Order:
 def test_a_new_run_does_what_is_asked_for() -> None:
     assert settled(None, begun=False) == Order()
     assert settled(None, begun=False, **UPGRADE) == Order(Kind.ENGINE_UPGRADE, engine_version="9.1")
+    for version in ("8", "6.x", "7.2.4"):  # as AWS writes them
+        assert settled(None, begun=False, **{**UPGRADE, "engine_version": version}).engine_version == version
 
 
 class TestTakenUp:

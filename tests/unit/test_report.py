@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from patchpilot.engine.runner import Runner
 from patchpilot.errors import Exit, NeedsOperator, PatchpilotError
 from patchpilot.phases import RUNBOOK, runbook
 from patchpilot.postgres.journal import Run
-from patchpilot.report import Files, build, markdown, write
+from patchpilot.report import KINDS, Files, build, html, markdown, write
 from patchpilot.report.build import OWN_PHASE
 from patchpilot.report.story import PHASES
 from tests.crash.world import World, desk, stuck
@@ -45,7 +46,41 @@ def made(entries: Sequence[Entry]) -> dict[str, Any]:
     report = build(entries, RUN)
     jsonschema.validate(json.loads(json.dumps(report)), SCHEMA)
     assert markdown(report).startswith("# Patch of broker")
+    assert "Patch of broker" in Reader.of(html(report)).text
     return report
+
+
+class Reader(HTMLParser):
+    """What a browser makes of a page: its text, its elements and their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        self.elements: list[str] = []
+        self.attributes: dict[str, set[str]] = {}
+        self._open: list[str] = []
+
+    @classmethod
+    def of(cls, page: str) -> Reader:
+        reader = cls()
+        reader.feed(page)
+        reader.close()
+        assert reader._open == [], "not everything that was opened is closed"
+        return reader
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        for name, value in attrs:
+            self.attributes.setdefault(name, set()).add(value or "")
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.text += f" {data}"
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +194,17 @@ ABORT = {"why": "stop asked for by ann on laptop", "by": "ann on laptop"}
 
 
 @pytest.mark.parametrize(
-    ("stopped", "how"),
+    ("stopped", "came_to", "how"),
     [
-        ({"status": "stopped", "attempts": 1}, "AWS was asked to stop it"),
-        ({"status": "complete", "attempts": 0}, "without a request of this run"),
-        (None, "it is being stopped"),
+        ({"status": "stopped", "attempts": 1}, "stopped", "AWS was asked to stop it"),
+        ({"status": "complete", "attempts": 0}, "complete", "without a request of this run"),
+        ({"status": "a word of tomorrow", "attempts": 0}, None, "without a request of this run"),
+        (None, None, "it is being stopped"),
     ],
 )
-def test_an_aborted_rotation_says_why_by_whom_and_how(stopped: dict[str, Any] | None, how: str) -> None:
+def test_an_aborted_rotation_says_why_by_whom_and_how(
+    stopped: dict[str, Any] | None, came_to: str | None, how: str
+) -> None:
     lines = [
         say(Kind.STARTED),
         say(Kind.INTENDED, "watch"),
@@ -179,6 +217,7 @@ def test_an_aborted_rotation_says_why_by_whom_and_how(stopped: dict[str, Any] | 
     report = made(journal(*lines))
     assert report["abort"] == {
         **ABORT, "status": stopped and stopped["status"], "requests": stopped and stopped["attempts"],
+        "given_up": False, "came_to": came_to,
     }  # fmt: skip
     assert report["outcome"] == ("aborted" if stopped else "unfinished")
     assert (report["why"], report["finished_at"] is None) == ((ABORT["why"], False) if stopped else (None, True))
@@ -234,7 +273,7 @@ def test_no_secret_leaves_the_journal_for_the_report() -> None:
     why = "rediss://pilot:hunter2@broker.example:6379/0 does not answer; password=hunter2"
     entries = journal(say(Kind.STARTED), say(Kind.INTENDED, "watch"), say(Kind.PAUSED, "watch", why=why))
     report = made(entries)
-    assert "hunter2" not in json.dumps(report) + markdown(report)
+    assert "hunter2" not in json.dumps(report) + markdown(report) + html(report)
     assert "rediss://***@broker.example:6379/0 does not answer" in report["why"]
 
 
@@ -250,9 +289,11 @@ def test_writing_again_changes_nothing_and_leaves_no_scraps(tmp_path: Path) -> N
     report = build(journal(say(Kind.STARTED)), RUN)
     first = write(report, tmp_path)
     content = [path.read_bytes() for path in first]
-    assert write(report, tmp_path) == first == (tmp_path / RUN.id / "report.json", tmp_path / RUN.id / "report.md")
+    assert (
+        write(report, tmp_path) == first == tuple(tmp_path / RUN.id / f"report.{end}" for end in ("json", "md", "html"))
+    )
     assert [path.read_bytes() for path in first] == content
-    assert sorted(path.name for path in (tmp_path / RUN.id).iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / RUN.id).iterdir()) == ["report.html", "report.json", "report.md"]
 
 
 def test_a_file_that_cannot_be_put_in_place_leaves_no_scraps_either(tmp_path: Path) -> None:
@@ -269,8 +310,13 @@ def test_files_are_current_only_while_they_say_what_the_journal_says(tmp_path: P
     assert on_disk.current() is None
     written = on_disk.write()
     assert on_disk.current() == written
-    Path(written["markdown"]).write_text("tampered")
-    assert on_disk.current() is None
+    report = build(kept.entries(), RUN)
+    assert Path(written["html"]).read_text() == html(report)
+    for kind in KINDS:
+        assert RUN.id in Path(written[kind]).read_text()
+        Path(written[kind]).write_text("tampered")
+        assert on_disk.current() is None
+        on_disk.write()
     Path(written["markdown"]).write_bytes(b"\xff")
     assert on_disk.current() is None
     on_disk.write()
@@ -282,3 +328,54 @@ def test_reports_directory_that_is_a_file_is_a_persons_mistake(tmp_path: Path) -
     (tmp_path / "reports").write_text("")
     with pytest.raises(PatchpilotError, match="cannot write"):
         write(build([], RUN), tmp_path / "reports")
+
+
+def test_the_html_says_what_the_markdown_says(whole: tuple[World, MemoryJournal, Path]) -> None:
+    report = build(whole[1].entries(), RUN)
+    text = " ".join(Reader.of(html(report)).text.split())
+    for line in markdown(report).splitlines():
+        for words in line.strip("#>| ").split(" | "):
+            assert " ".join(words.replace("`", "").replace("**", " ").split()) in text or set(words) <= set("-| ")
+
+
+def test_the_html_needs_nothing_from_elsewhere_and_runs_nothing(whole: tuple[World, MemoryJournal, Path]) -> None:
+    page = html(build(whole[1].entries(), RUN))
+    reader = Reader.of(page)
+    assert not {"script", "link", "img", "iframe", "object", "form", "a"} & set(reader.elements)
+    assert not {name for name in reader.attributes if name.startswith("on") or name in {"src", "href", "action"}}
+    assert any("default-src 'none'" in value for value in reader.attributes["content"])
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+HOSTILE = """<script>alert(1)</script> & <b>"'</b>"""
+
+
+def test_whatever_is_quoted_in_the_html_stays_words() -> None:
+    """People's reasons, names of queues and chords, AWS's free texts, and the name of the cluster."""
+    check = {"name": HOSTILE, "verdict": "warn", "evidence": HOSTILE, "why": "w", "mend": HOSTILE, "waived": HOSTILE}
+    finding = {
+        "kind": "chord",
+        "id": HOSTILE,
+        "callback": HOSTILE,
+        "diagnosis": HOSTILE,
+        "remedy": "none",
+        "reason": HOSTILE,
+    }
+    entries = journal(
+        say(Kind.STARTED), say(Kind.INTENDED, "readiness", group=HOSTILE, version=HOSTILE),
+        say(Kind.REACHED, "readiness", checks=[check], waivers={HOSTILE: HOSTILE}, what=HOSTILE,
+            versions={HOSTILE: HOSTILE}, update={"description": HOSTILE},
+            action={"update": HOSTILE, "status": HOSTILE}),
+        say(Kind.INTENDED, "dry-run"), say(Kind.REACHED, "dry-run", findings=[finding], counts={HOSTILE: 1}),
+        say(Kind.INTENDED, "verify"),
+        say(Kind.OBSERVED, "verify", claims=[{"name": HOSTILE, "holds": False, "evidence": HOSTILE}]),
+        say(Kind.CONTRADICTED, "verify", why=HOSTILE, exit=int(Exit.VERIFICATION_FAILED)),
+    )  # fmt: skip
+    run = Run(HOSTILE, HOSTILE, HOSTILE, NOON)
+    harmless = Run("run-1", "prod", "broker", NOON)
+    page, other = html(build(entries, run)), html(build(entries, harmless))
+    assert Reader.of(page).elements == Reader.of(other).elements
+    assert not {"script", "b>"} & set(Reader.of(page).elements)
+    assert "<script" not in page
+    assert Reader.of(page).text.count("<script>alert(1)</script>") >= 20

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.settings import Celery, load
+from patchpilot.settings import Celery, Metric, load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,6 +117,34 @@ def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
         ("[aws]\nregion = 'not a region!'", "aws.region: String should match"),
         ("[aws]\nprofile = ' '", "aws.profile: String should match"),
         ("[clusters.b]\nrole='broker'\nreplication_group='x'\nregion=''", "clusters.b.region: String should match"),
+        ("[runbook]\npoll_interval = '0s'", "runbook.poll_interval: must be between 100ms and 1h"),
+        ("[runbook]\npoll_interval = '2h'", "runbook.poll_interval: must be between 100ms and 1h"),
+        ("[runbook]\ngrace = '-5m'", "runbook.grace: '-5m' is not a duration"),
+        ("[runbook]\ngrace = '24h'", "runbook.grace 1d 0h must be below recovery.max_age 1d 0h"),
+        ("[runbook]\nsettle = '0s'", "runbook.settle: must be between 1s and 24h"),
+        ("[runbook]\nstall = '0s'", "runbook.stall: must be between 1s and 14d"),
+        ("[runbook]\nnode_stall = '15d'", "runbook.node_stall: must be between 1s and 14d"),
+        ("[runbook]\nobserve = '0s'", "runbook.observe: must be between 1s and 14d"),
+        ("[runbook]\nquiet = '0ms'", "runbook.quiet: must be between 1s and 14d"),
+        ("[runbook]\nverify_timeout = '0s'", "runbook.verify_timeout: must be between 1s and 14d"),
+        ("[runbook]\ntime_budget = '0s'", "runbook.time_budget: must be between 1s and 14d"),
+        ("[recovery]\nclaim_lease = '0s'", "recovery.claim_lease: must be between 1s and 24h"),
+        ("[recovery]\ndead_after = '2d'", "recovery.dead_after: must be between 1s and 24h"),
+        ("[recovery]\nmin_age = '25h'", "recovery: min_age 1d 1h must be below max_age 1d 0h"),
+        ("[recovery]\nmin_age = '5m'\nmax_age = '5m'", "recovery: min_age 5m 0s must be below max_age 5m 0s"),
+        ("[purge]\nretention = '0s'", "purge.retention: must be between 1s and 3650d"),
+        *(
+            (f"[runbook.abort_metric]\nnamespace='n'\nname='m'\nabove=1\n{line}", f"runbook.abort_metric.{complaint}")
+            for line, complaint in (
+                ("statistic = 'Avg'", "statistic: 'Avg' is no statistic of CloudWatch"),
+                ("statistic = 'average'", "statistic: 'average' is no statistic"),
+                ("statistic = ''", "statistic: '' is no statistic"),
+                ("statistic = 'p101'", "statistic: 'p101' is no statistic"),
+                ("period = '0s'", "period: is no period of CloudWatch"),
+                ("period = '90s'", "period: is no period of CloudWatch"),
+                ("period = '2d'", "period: is no period of CloudWatch"),
+            )
+        ),
         ("this is not toml", "not valid TOML"),
         ("postgres = 'x'", "postgres: Input should be"),
     ],
@@ -130,6 +158,30 @@ def test_a_bad_file_gets_one_line_with_the_file_and_the_key(tmp_path: Path, text
     assert str(path) in line
     assert complaint in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        "SampleCount", "Average", "Sum", "Minimum", "Maximum", "IQM", "p0", "p99.9", "p100", "tm90", "TM(10%:90%)",
+        "PR(:300)", "WM(:95%)", "TS(80%:)", "TC(0.005:0.030)",
+    ],
+)  # fmt: skip
+def test_statistics_of_cloudwatch(statistic: str) -> None:
+    assert Metric(namespace="n", name="m", above=1, statistic=statistic).statistic == statistic
+
+
+def test_another_grace_of_the_command_line_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(ROOT / "config/patchpilot.example.toml")
+    monkeypatch.setenv("PATCHPILOT_RUNBOOK__SETTLE", "7s")  # read already: what is there later changes nothing
+    changed = settings.with_grace(timedelta(seconds=9))
+    assert (changed.runbook.grace, changed.runbook.settle) == (timedelta(seconds=9), timedelta(minutes=1))
+    for grace, complaint in (
+        (timedelta(days=15), "must be between 0s and 14d"),
+        (timedelta(days=1), "below recovery.max"),
+    ):
+        with pytest.raises(Usage, match=rf"^--grace: .*{complaint}"):
+            settings.with_grace(grace)
 
 
 def test_a_missing_file_and_a_missing_cluster(tmp_path: Path) -> None:
@@ -222,6 +274,12 @@ def test_parameters_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         "host=h target_session_attrs=hunter2",
         "host=h service=hunter2",
         "host=h channel_binding=hunter2 password=hunter2",
+        "postgresql://u:p@h/d?connect_timeout=hunter2",
+        "host=h connect_timeout=1s password=hunter2",
+        "host=h keepalives=hunter2",
+        "host=h keepalives_idle=1.5 password=hunter2",
+        "postgresql://u:hunter2@h:70000/d",
+        "postgresql://u:hunter2@h:5432,h2:0/d",
     ],
 )
 def test_a_value_that_libpq_does_not_take_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, dsn: str) -> None:

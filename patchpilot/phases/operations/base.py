@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from patchpilot.elasticache.facts import Application, Node
+from patchpilot.elasticache.facts import AVAILABLE, Application, Node
 from patchpilot.engine.plan import Data
 from patchpilot.errors import Corrupt, PatchpilotError
 from patchpilot.phases.choice import Choice, Offer
@@ -74,6 +74,11 @@ class Standing:
         nodes = ", ".join(f"{name} {row['status']}" for name, row in self.rows.items())
         return self.why or f"{self.status}, {done}/{len(self.rows)} nodes done ({nodes})"
 
+    @property
+    def calm(self) -> bool:
+        """Whether the group and its nodes are available: of an operation that is no service update."""
+        return self.status == AVAILABLE and all(row["status"] in {"complete", AVAILABLE} for row in self.rows.values())
+
 
 class Operation(ABC):
     """One kind of operation on the desk's group."""
@@ -132,6 +137,8 @@ class Operation(ABC):
     def proof(self, standing: Standing, *, aborted: bool) -> tuple[bool, str]:
         """Whether its goal is reached, at the end; or, if it was aborted, whether nothing of it is under way."""
         at_rest = standing.sign not in {Sign.UNKNOWN, Sign.RUNNING, Sign.BUSY}
+        # What AWS cannot stop is given up when nothing more comes of it.
+        at_rest = at_rest or (not self.stoppable and standing.sign is Sign.RUNNING and standing.calm)
         return (at_rest if aborted else standing.sign is Sign.OVER), standing.line
 
 

@@ -43,8 +43,9 @@ class GameDay(Operation):
     def _sign(baseline: Data, signs: list[Event], sight: Sight, *, tried: bool) -> tuple[Sign, str]:
         told = [each for each in map(failover, signs) if each]
         now = sight.primary
-        if has_moved(baseline, sight) or (told and told[-1].to == now):
-            why = f"failed over to {now}; the group is {sight.group.status}"
+        # It may have failed over once more since, and back to where it was.
+        if baseline.get("failed_over") or has_moved(baseline, sight) or (told and told[-1].to == now):
+            why = f"failed over, and the primary is {now}; the group is {sight.group.status}"
             return (Sign.OVER if sight.calm else Sign.RUNNING), why
         if signs or (tried and not sight.calm):
             return Sign.RUNNING, f"no failover yet; the group is {sight.group.status}"
