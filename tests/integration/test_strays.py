@@ -123,7 +123,7 @@ def test_keys_are_named_as_celery_names_them(prefix: str) -> None:
 def test_what_began_anew_between_the_look_and_the_removal_stays(shop: Shop, broker: redis.Redis) -> None:
     leave(broker, "anew")
     keys = ChordKeys(shop.broker)
-    assert keys.remove("anew", timedelta(seconds=1)) == -1
+    assert keys.remove("anew", timedelta(hours=1)) == -1
     assert len(left(broker)) == len(SUFFIXES)
     keys.close()
 

@@ -57,8 +57,8 @@ def test_a_name_is_left_beside_the_wait_for_messages(valkey: str) -> None:
         channel = connection.default_channel
         channel.queue_declare("celery")
         channel.basic_consume("celery", no_ack=True, callback=print, consumer_tag="tag")
-        channel.client.connection = channel.client.connection_pool.get_connection()  # as the hub does
-        channel._brpop_start(timeout=1)
+        channel.connection.cycle._register_BRPOP(channel)  # as the hub does
+        assert channel._in_poll
         Identity(app).leave(connection)
         assert broker.scard(NAMES) == 1
         with pytest.raises(Empty):

@@ -40,10 +40,12 @@ def test_only_a_worker_that_is_asked_to_recover_loads_recovery() -> None:
         "import sys, celery, patchpilot\n"
         "app = celery.Celery('light', broker='redis://127.0.0.1:1/0')\n"
         "patchpilot.install(app, recover=True)\n"
-        "print('patchpilot.recovery' in sys.modules, app.steps['consumer'])"
+        "print('patchpilot.recovery' in sys.modules, sorted(app.steps['consumer']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False {'patchpilot.recovery.step:Recovering'}"
+    assert (
+        done.stdout.strip() == "False ['patchpilot.backend.children:Listening', 'patchpilot.recovery.step:Recovering']"
+    )
 
 
 def test_the_backend_is_found_by_its_url() -> None:
