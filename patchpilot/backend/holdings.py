@@ -19,7 +19,7 @@ from typing import Any
 from kombu.utils.eventio import READ, poll
 
 from patchpilot.backend.config import MESSAGE_ID
-from patchpilot.backend.fence import INSTANCE
+from patchpilot.backend.instance import this_worker
 
 COMMAND = "patchpilot_held"
 """The remote control command: which of these messages does this worker hold?"""
@@ -45,7 +45,7 @@ def _held(state: Any, message_ids: Iterable[str] = (), task_ids: Iterable[str] =
     unread, whole = _unread(state.consumer)
     held = {*_delivered(state.consumer), *_running(), *_within(unread, asked)}
     return {
-        "instance": INSTANCE,
+        "instance": this_worker(),
         "held": sorted(held & asked),
         "active": sorted(tasks.intersection(request.id for request in worker.active_requests)),
         "revoked": sorted(task_id for task_id in tasks if task_id in worker.revoked),
