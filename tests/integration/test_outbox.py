@@ -16,6 +16,7 @@ import psycopg
 import pytest
 import redis
 from celery import chain, chord
+from celery.beat import Scheduler
 from kombu.exceptions import OperationalError
 
 from patchpilot.backend import outbox as outbox_module
@@ -218,3 +219,14 @@ def test_a_producer_killed_while_it_dispatches_leaves_whole_chords_or_none(shop:
         assert (pushed < 1000 * len(counts)) == bool(applied)
     assert recovery.survey(NOW) == ()
     assert -producer.returncode == signal.SIGKILL
+
+
+def test_what_beat_sends_is_on_record(shop: Shop) -> None:
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        scheduler = Scheduler(app, producer=app.amqp.Producer(channel, auto_declare=False), lazy=True)
+        entry = scheduler.Entry("each second", add.name, schedule=1, args=(1, 1), app=app)
+        scheduler.apply_async(entry, producer=scheduler.producer, advance=False)
+        plain = scheduler.Entry("by name", "somebody.elses", schedule=1, args=(1, 1), app=app)
+        scheduler.apply_async(plain, producer=scheduler.producer, advance=False)
+    names = fetch(shop, "SELECT task_name FROM patchpilot.outbox ORDER BY recorded_at")
+    assert names == [(add.name,), ("somebody.elses",)]
