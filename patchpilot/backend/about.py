@@ -11,7 +11,7 @@ from typing import Any
 
 from patchpilot.backend.canary import queue_of
 from patchpilot.backend.config import CANARY
-from patchpilot.backend.fence import INSTANCE
+from patchpilot.backend.instance import this_worker
 
 COMMAND = "patchpilot_about"
 
@@ -39,9 +39,9 @@ def _about(state: Any, **_: Any) -> dict[str, Any]:
     consumed = [queue.name for queue in getattr(consumer.task_consumer, "queues", ())]
     connection = consumer.connection
     return {
-        "instance": INSTANCE,
+        "instance": this_worker(),
         "queues": sorted(name for name in consumed if not name.startswith(CANARY)),
-        "canary": queue_of(INSTANCE).name in consumed,
+        "canary": queue_of(this_worker()).name in consumed,
         "processes": getattr(consumer.pool, "num_processes", None),
         "running": dict(Counter(request.name for request in at_work.active_requests)),
         "broker": [getattr(connection, "hostname", None), getattr(connection, "port", None) or REDIS_PORT],

@@ -71,7 +71,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             patience=self.config.patience,
             prepare=self.config.prepared_statements,
         )
-        self.outbox = Outbox(self.app, self.database, self.config.journal)
+        self.outbox = Outbox(self.app, self.database, self.config.journal, strict=self.config.strict)
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.finisher = Finisher(self.app, self.database, self, self.outbox, self.config)
         self.counter = Counter(lambda: self.client, self.get_key_for_group, self.config.valkey_budget)

@@ -19,7 +19,7 @@ from kombu.entity import Exchange, Queue
 from psycopg.types.json import Jsonb
 
 from patchpilot.backend.config import CANARY
-from patchpilot.backend.fence import INSTANCE
+from patchpilot.backend.instance import this_worker
 from patchpilot.postgres.queries import queries
 
 logger = get_logger(__name__)
@@ -66,7 +66,7 @@ def _register(app: Celery) -> None:
 def _consume(instance: Any = None, app: Celery | None = None, **_: Any) -> None:
     app = app or instance.app
     if CANARY in app.tasks:
-        app.amqp.queues.select_add(queue_of(INSTANCE))
+        app.amqp.queues.select_add(queue_of(this_worker()))
 
 
 class Canary(Task):  # type: ignore[misc]
@@ -86,7 +86,7 @@ class Canary(Task):  # type: ignore[misc]
         """
         complete = step == "task" or (step == "chord" and results == [1] * PARTS)
         if complete:
-            row = {"instance": INSTANCE, "proof": Jsonb({step: token})}
+            row = {"instance": this_worker(), "proof": Jsonb({step: token})}
             self.app.backend.database.execute(SQL["came_back"], row)
         if step == "chord":
             self.app.backend.database.execute(SQL["close"], {"group_id": chord_of(token)})

@@ -16,7 +16,6 @@ The fence sits around ``Task.run``, where raising ``Ignore`` ends a task without
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from celery.utils.log import get_logger
 from celery.utils.nodenames import gethostname
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
+from patchpilot.backend.instance import is_gone, this_process
 from patchpilot.backend.message import attempt_of, following, name_links, scope_of
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
@@ -44,14 +44,6 @@ SQL = queries("fence")
 
 ASIDE = 1.0
 """Seconds to wait before a message is given back that nobody has on record."""
-
-# Made in a worker's main process and inherited by its pool: siblings share it, and a sibling's pid can be looked up.
-INSTANCE = str(uuid4())
-
-
-def this_worker() -> str:
-    """The worker instance and the process, as recorded with what it runs."""
-    return f"{INSTANCE}/{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,7 @@ class Fence:
             return start
         on_record = self._is_on_record(request)  # before the look: an execution that ends takes the message off it
         rows = self._database.fetch(SQL["look"], start.row())
-        if rows and not rows[0]["finished"] and _is_gone(rows[0]["worker"]) and self._start(start, rows[0]["worker"]):
+        if rows and not rows[0]["finished"] and is_gone(rows[0]["worker"]) and self._start(start, rows[0]["worker"]):
             logger.warning("%s[%s] runs again: its process died", request.task, request.id)
             return start
         if rows and not rows[0]["finished"]:
@@ -158,7 +150,7 @@ class Fence:
         return bool(message_id and self._database.fetch(SQL["on_record"], {"message_id": message_id}))
 
     def _start(self, start: Start, gone: str = "") -> bool:
-        row = {**start.row(), "worker": this_worker(), "lease": self._lease, "gone": gone}
+        row = {**start.row(), "worker": this_process(), "lease": self._lease, "gone": gone}
         return bool(self._database.fetch(SQL["start"], row))
 
     def _renew(self, start: Start) -> None:
@@ -191,20 +183,6 @@ class Fence:
             self._database.execute(sql, {**start.row(), **more})
         except PatchpilotError as error:
             logger.error("The end of task %s was not recorded: %s", start.task_id, error)  # noqa: TRY400
-
-
-def _is_gone(worker: str) -> bool:
-    """Whether ``worker`` was a process of our own worker instance that is no more. Of others we cannot know."""
-    instance, _, pid = worker.partition("/")
-    if instance != INSTANCE:
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 class _Renewal:

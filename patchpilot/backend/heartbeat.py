@@ -7,7 +7,6 @@ past the broker, every few seconds, and as long as it does, what it may hold is 
 
 from __future__ import annotations
 
-import os
 import threading
 from datetime import timedelta
 from typing import Any
@@ -16,8 +15,8 @@ from celery import signals
 from celery.utils.log import get_logger
 
 from patchpilot.backend import about, holdings
-from patchpilot.backend.fence import INSTANCE
 from patchpilot.backend.identity import Identity
+from patchpilot.backend.instance import this_worker
 from patchpilot.clock import SYSTEM
 from patchpilot.durations import HEARTBEAT
 from patchpilot.errors import PatchpilotError
@@ -42,7 +41,6 @@ class Heartbeat:
         self._database = database
         self._identity = identity
         self._over = threading.Event()
-        self._pid = os.getpid()
 
     def install(self) -> None:
         """Begin when the worker is ready. Nothing happens in a process that is no worker."""
@@ -50,6 +48,7 @@ class Heartbeat:
         signals.worker_shutdown.connect(self._end, weak=False, dispatch_uid="patchpilot.heartbeat.end")
 
     def _begin(self, sender: Any = None, **_: Any) -> None:
+        self._over.clear()
         holdings.install()
         about.install()
         name = getattr(sender, "hostname", None) or "worker"
@@ -61,9 +60,9 @@ class Heartbeat:
 
     def _beat(self, name: str, broker: str | None) -> None:
         heard = True
-        while not self._over.is_set() and os.getpid() == self._pid:
+        while not self._over.is_set():
             try:
-                self._database.execute(SQL["seen"], {"instance": INSTANCE, "name": name, "broker": broker})
+                self._database.execute(SQL["seen"], {"instance": this_worker(), "name": name, "broker": broker})
                 heard = True
             except Exception as error:  # noqa: BLE001 - whatever it is, the next sign of life may succeed
                 if heard:  # once is enough
@@ -80,6 +79,6 @@ class Heartbeat:
 
     def _say_gone(self) -> None:
         try:
-            self._database.execute(SQL["gone"], {"instance": INSTANCE})
+            self._database.execute(SQL["gone"], {"instance": this_worker()})
         except PatchpilotError as error:
             logger.info("The worker's end was not recorded: %s", error)

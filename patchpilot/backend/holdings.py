@@ -19,7 +19,7 @@ from typing import Any
 from kombu.utils.eventio import READ, poll
 
 from patchpilot.backend.config import MESSAGE_ID
-from patchpilot.backend.fence import INSTANCE
+from patchpilot.backend.instance import this_worker
 from patchpilot.clock import SYSTEM
 
 COMMAND = "patchpilot_held"
@@ -49,7 +49,7 @@ def _held(state: Any, message_ids: Iterable[str] = (), task_ids: Iterable[str] =
     held = {*_delivered(state.consumer), *running, *_within(unread, asked)}
     now = SYSTEM.now().timestamp()
     return {
-        "instance": INSTANCE,
+        "instance": this_worker(),
         "held": sorted(held & asked),
         "began": {key: now - at for key, at in running.items() if key in asked and at is not None},
         "active": sorted(tasks.intersection(request.id for request in worker.active_requests)),

@@ -10,7 +10,7 @@ from uuid import NAMESPACE_OID, uuid4, uuid5
 
 from celery._state import get_current_worker_task
 from celery.app import amqp
-from kombu.serialization import dumps
+from kombu.serialization import dumps, loads
 from kombu.utils import json
 
 from patchpilot.backend.config import CALLBACK_OF, CANARY, FOLLOWS, MESSAGE_ID, ORIGIN
@@ -20,6 +20,8 @@ _STEERING = frozenset({
     "exchange", "routing_key", "serializer", "retry", "retry_policy", "declare", "headers", "timeout",
     "confirm_timeout",
 })  # fmt: skip
+
+PICKLE = "application/x-python-serialize"
 
 _COLUMNS = (
     "message_id", "task_id", "task_name", "group_id", "callback_of", "scope", "attempt", "exchange", "routing_key",
@@ -56,6 +58,8 @@ class Message:
     """Where to."""
     to_all: bool = False
     """To all who listen at that moment, by a fanout exchange: it is in no queue, and nobody can say who missed it."""
+    flaw: str | None = None
+    """Why no worker will be able to read it."""
 
     @property
     def name(self) -> str:
@@ -148,7 +152,20 @@ def prepare(
         options=options,
         broker=broker,
         to_all=to_all,
+        flaw=_flaw(payload, content_type, encoding),
     )
+
+
+def _flaw(payload: Any, content_type: str, encoding: str) -> str | None:
+    """Why what was serialised cannot be read again: an exception whose constructor wants more than its arguments, say,
+    which pickle writes and does not read. Other serialisers refuse to write what they could not read."""
+    if content_type != PICKLE:
+        return None
+    try:
+        loads(payload, content_type, encoding, force=True)
+    except Exception as error:  # noqa: BLE001 - whatever it is, a worker would meet it too
+        return f"pickle cannot read what it wrote: {' '.join(str(error).split())}"
+    return None
 
 
 def _marks(headers: Mapping[str, Any], message_id: str, callback_of: str | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from celery import Celery
 from celery._state import get_current_worker_task
 from celery.utils.log import get_logger
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 from redis.exceptions import RedisError
 
 from patchpilot.backend.config import CANARY, Journal
@@ -89,6 +89,7 @@ def callback_of(group_id: str) -> Iterator[None]:
 class Outbox:
     """The outbox of one application in this process.
 
+    :param strict: refuse a message that no worker could read.
     :param shadow: only watch: what is published is written down, and nothing is held back for that.
     :param run: writes; by default a transaction of its own for each call.
     """
@@ -100,12 +101,14 @@ class Outbox:
         journal: Journal = Journal.REQUIRED,
         *,
         shadow: bool = False,
+        strict: bool = False,
         run: Callable[[Work], object] | None = None,
     ) -> None:
         self._app = app
         self._database = database
         self._journal = journal
         self._shadow = shadow
+        self._strict = strict
         self.identity = Identity(app)
         self.foresee: Callable[[Connection, Part], None] = lambda _connection, _part: None
         """Told of each part of a chord that a message will bring, in the transaction that writes the message down."""
@@ -161,7 +164,12 @@ class Outbox:
         """Publish a message, or hold it back until the dispatch that it belongs to is complete.
 
         :raises OperationalError: if it cannot be written down.
+        :raises EncodeError: if no worker could read it, and the configuration is strict.
         """
+        if message.flaw is not None:
+            if self._strict:
+                raise EncodeError(f"{message} is not published, no worker could read it: {message.flaw}")
+            logger.warning("No worker will be able to read %s: %s", message, message.flaw)
         dispatch = _current.get()
         if dispatch is None:
             dispatch = _announced.get() or Dispatch()

@@ -126,7 +126,9 @@ class ShadowBackend(RedisBackend):  # type: ignore[misc]
         self.database = Database(self.config.dsn, budget=0, patience=patience)
         self.recorder = Recorder(self.database)
         journal = Journal.OFF if self.config.journal is Journal.OFF else Journal.WARN
-        self.outbox = ShadowOutbox(self.app, self.database, journal, shadow=True, run=self.recorder.put)
+        self.outbox = ShadowOutbox(
+            self.app, self.database, journal, shadow=True, strict=self.config.strict, run=self.recorder.put
+        )
         self.chords = Chords(self.app, self.database, self, self.outbox, self.config)
         self.outbox.install()
         Heartbeat(Database(self.config.dsn, budget=0, patience=patience), self.outbox.identity).install()

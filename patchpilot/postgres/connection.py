@@ -110,8 +110,9 @@ class Database:
                     done = work(connection)
                     self._gave_up_at = None
                     return done
-            except (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction) as error:
-                # Read-only: this session leads to a server that was demoted, or has just been promoted.
+            except (psycopg.OperationalError, psycopg.InternalError) as error:
+                # Internal are a session that leads to a server which was demoted, or has just been promoted, and is
+                # read-only; and one that the server ended because a transaction took longer than it allows.
                 self._drop()
                 if _is_hopeless(error):
                     raise NeedsOperator(f"PostgreSQL refuses the connection: {_reason(error)}") from error

@@ -14,8 +14,8 @@ from datetime import timedelta
 from celery import Celery
 from celery.utils.log import get_logger
 
-from patchpilot.backend.fence import INSTANCE
 from patchpilot.backend.identity import Identity
+from patchpilot.backend.instance import this_worker
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Database
@@ -131,7 +131,7 @@ def sweeper_of(app: Celery) -> Sweeper:
 
     def once(since: timedelta) -> tuple[Turn, bool]:
         with Database(site.dsn) as database:
-            turns = Turns(database, broker, INSTANCE)
+            turns = Turns(database, broker, this_worker())
             if (turn := turns.take(since)) is not Turn.OURS:
                 return turn, True
             whole = False

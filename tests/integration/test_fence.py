@@ -52,7 +52,7 @@ def test_a_second_delivery_while_it_runs_does_not_run_and_loses_nothing(shop: Sh
     with redis.Redis.from_url(shop.broker) as broker:
         until(lambda: broker.llen("callbacks") == 1, seconds=30, what="the callback was queued")
         [message] = broker.lrange("callbacks", 0, -1)
-        worker = shop.worker("-Q", "callbacks", "-c", "2")
+        worker = shop.worker("-Q", "callbacks", "--pool", "gevent", "-c", "20")  # of which the others are prefork's
         shop.await_line("hold began")
         broker.lpush("callbacks", message)
         until(

@@ -16,10 +16,10 @@ from patchpilot.backend import fence as fences
 from patchpilot.backend.config import FOLLOWS, MESSAGE_ID
 from patchpilot.backend.message import Message
 from patchpilot.backend.outbox import Dispatch
-from patchpilot.clock import FakeClock
+from patchpilot.clock import SYSTEM, FakeClock
 from patchpilot.errors import PatchpilotError, Transient
 from patchpilot.lab.launch import free_port
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery import Finding, Recovery, Site, Window
 from tests.support.processes import Shop
@@ -41,6 +41,27 @@ def test_a_session_that_leads_to_a_demoted_postgresql_is_left_for_another(migrat
     with Database(migrated) as database:
         database.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
         assert database.execute("UPDATE patchpilot.chord SET shadow = true") == 0
+
+
+@pytest.mark.parametrize("limit", ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"])
+def test_what_the_server_ends_is_tried_again_and_then_fails_in_one_line(migrated: str, limit: str) -> None:
+    """A role may have limits, which end statements or sessions."""
+    tries = []
+
+    def work(connection: Connection) -> None:
+        tries.append(1)
+        connection.execute("LOCK TABLE patchpilot.outbox")
+        SYSTEM.sleep(0.3 if limit.startswith("idle") else 0)
+        connection.execute("SELECT 1")
+
+    with Database(migrated) as other, Database(f"{migrated}?options=-c%20{limit}%3D100", budget=0.5) as database:
+        with other._ours() as connection, connection.transaction():
+            if not limit.startswith("idle"):
+                connection.execute("LOCK TABLE patchpilot.outbox")
+            with pytest.raises(Transient, match=r"^PostgreSQL cannot be reached: \S[^\n]*$"):
+                database.run(work)
+        assert len(tries) > 1
+        assert database.fetch("SELECT 1 AS one") == [{"one": 1}]
 
 
 def test_who_asks_again_after_the_whole_budget_is_told_at_once() -> None:

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 import redis
 from celery import chain, chord
+from celery.beat import Scheduler
 from kombu.common import Broadcast
 from kombu.exceptions import OperationalError
 
@@ -224,3 +225,14 @@ def test_what_goes_to_all_who_listen_is_not_on_record(shop: Shop, recovery: Reco
             add.apply_async((1, 1), queue=everybody, producer=producer)
     assert fetch(shop, "SELECT FROM patchpilot.outbox") == []
     assert recovery.survey(NOW) == ()
+
+
+def test_what_beat_sends_is_on_record(shop: Shop) -> None:
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        scheduler = Scheduler(app, producer=app.amqp.Producer(channel, auto_declare=False), lazy=True)
+        entry = scheduler.Entry("each second", add.name, schedule=1, args=(1, 1), app=app)
+        scheduler.apply_async(entry, producer=scheduler.producer, advance=False)
+        plain = scheduler.Entry("by name", "somebody.elses", schedule=1, args=(1, 1), app=app)
+        scheduler.apply_async(plain, producer=scheduler.producer, advance=False)
+    names = fetch(shop, "SELECT task_name FROM patchpilot.outbox ORDER BY recorded_at")
+    assert names == [(add.name,), ("somebody.elses",)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import psutil
@@ -9,7 +13,7 @@ import psycopg
 import pytest
 
 from patchpilot.lab.processes import until
-from tests.support.processes import Shop
+from tests.support.processes import ROOT, Shop
 from tests.support.shop import add, app, asks, hold, note
 from tests.support.workload import WAIT, work_of_every_kind
 
@@ -78,6 +82,46 @@ def await_connections(shop: Shop, count: int) -> None:
             return watcher.execute(sql).rowcount
 
         until(lambda: connections() == count, seconds=30, what=f"there were {count} connections, not {connections()}")
+
+
+# As somebody's own launcher would: it has used the application before.
+FORKS = """
+import os
+from tests.support.shop import add, app
+
+add.apply_async((1, 1), queue="nobody")
+for name in ("one", "two"):
+    if not os.fork():
+        app.worker_main(["worker", "-n", f"{name}@%h", "-c", "1", "--without-gossip", "--without-mingle"])
+for _ in range(2):
+    os.wait()
+"""
+
+
+def test_workers_that_somebody_forks_are_two(shop: Shop) -> None:
+    gate = shop.directory / "gate"
+    settings = {"SHOP_FENCE": "all", "TMPDIR": str(shop.directory)}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=ROOT, env={**os.environ, **shop.environment, **settings},
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    identity = shop.roster.add("launcher", launcher.pid)
+    try:
+        held = [hold.delay(number, str(gate)) for number in range(2)]
+        shop.await_line("hold began", count=2, seconds=60)
+        with psycopg.connect(shop.dsn, autocommit=True) as watcher:
+            sql = b"SELECT instance::text FROM patchpilot.worker"
+            until(lambda: watcher.execute(sql).rowcount == 2, seconds=30, what="two workers had given a sign of life")
+            alive = {row[0] for row in watcher.execute(sql)}
+            running = {row[0].split("/")[0] for row in watcher.execute(b"SELECT worker FROM patchpilot.fence")}
+        assert len(alive) == 2
+        assert running == alive
+        gate.touch()
+        assert [result.get(timeout=WAIT) for result in held] == [0, 1]
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        shop.roster.drop(identity)
 
 
 def test_a_process_that_is_forked_late_opens_a_connection_of_its_own(shop: Shop) -> None:

@@ -153,6 +153,33 @@ def test_what_an_application_routes_counts(shop: Shop, monkeypatch: pytest.Monke
     assert record(shop) == [(None, False, None)]
 
 
+class Torn(Exception):
+    """Pickle makes it anew from its arguments, of which it has fewer than it wants."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_no_worker_could_read_is_said_when_it_is_sent(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool
+) -> None:
+    """An argument in the header: a worker drops the message, and the chord would wait for ever."""
+    monkeypatch.setitem(app.conf, "patchpilot_strict", strict)
+    canvas = chord([add.s(1, 1), note.s(Torn("x", "y")).set(**IN_PICKLE)], total.s())
+    why = "pickle cannot read what it wrote: .*missing 1 required positional argument: 'where'"
+    if strict:
+        with pytest.raises(EncodeError, match=why):
+            canvas.apply_async()
+    else:
+        with caplog.at_level(logging.WARNING):
+            canvas.apply_async()
+        assert re.search(rf"No worker will be able to read {re.escape(note.name)}\[.*\]: {why}", caplog.text)
+    assert record(shop) == [(None, False, "EncodeError" if strict else None)]
+    with redis.Redis.from_url(shop.broker) as broker:
+        assert broker.llen("celery") == (0 if strict else 2)
+
+
 def test_what_json_changes_is_said_once(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

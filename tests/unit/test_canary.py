@@ -11,10 +11,10 @@ from celery import Celery, signals
 
 from patchpilot.backend import about, canary
 from patchpilot.backend.config import CANARY
-from patchpilot.backend.fence import INSTANCE
+from patchpilot.backend.instance import this_worker
 from patchpilot.postgres.queries import queries
 
-QUEUE = f"{CANARY}.{INSTANCE}"
+QUEUE = f"{CANARY}.{this_worker()}"
 
 pytestmark = pytest.mark.backend
 
@@ -70,7 +70,7 @@ def test_a_backend_that_a_worker_loads_late_is_not_too_late(app: Celery) -> None
 def test_the_applications_default_exchange_does_not_matter(app: Celery, kind: str) -> None:
     app.conf.task_default_exchange_type = kind
     app.finalize()
-    app.amqp.queues.select_add(canary.queue_of(INSTANCE))
+    app.amqp.queues.select_add(canary.queue_of(this_worker()))
     assert app.amqp.queues[QUEUE].exchange.type == "direct"
 
 
@@ -83,7 +83,7 @@ def test_what_a_worker_tells_of_itself_is_no_secret(app: Celery) -> None:
         task_consumer=consumed, connection=connection, pool=SimpleNamespace(num_processes=3)
     )
     said = about._about(SimpleNamespace(consumer=consumer, app=app))
-    assert (said["instance"], said["queues"], said["canary"], said["processes"]) == (INSTANCE, ["celery"], True, 3)
+    assert (said["instance"], said["queues"], said["canary"], said["processes"]) == (this_worker(), ["celery"], True, 3)
     assert said["broker"] == ["broker.test", 6379]
     assert said["settings"]["task_acks_late"] is True
     assert said["settings"]["broker_transport_options.socket_timeout"] == 10
