@@ -90,6 +90,8 @@ def _open(quiet: Quiet, kinds: Collection[Kind]) -> Iterator[str]:
     number = quiet.others.queued + quiet.others.held
     if number and {*kinds} != {"chord"}:
         yield f"open: {_many(number, 'message')} of callbacks and other tasks: {quiet.others}"
+    if quiet.headers.queued + quiet.others.queued and not quiet.headers.held + quiet.others.held:
+        yield "open: no worker has any of what is queued; if that stays so, look whether one consumes these queues"
 
 
 def _unknown(findings: Collection[Finding]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -186,11 +186,12 @@ class Remedies:
         pushed: list[str] = []
         try:
             with _broker_errors():
-                self._requeue([(messages[it], row) for it, row in taken.items() if messages[it].tag], pushed)
-                self._publish([row for key, row in taken.items() if not messages[key].tag], of, pushed)
+                self._requeue([(messages[key], row) for key, row in taken.items() if messages[key].tag is not None])
+                self._publish([row for key, row in taken.items() if messages[key].tag is None], of, pushed)
         finally:
             if pushed:
-                self._database.execute(SQL["pushed"], {"message_ids": pushed})
+                with suppress(PatchpilotError):  # counted too low it is sent once more before it counts as refused
+                    self._database.execute(SQL["pushed"], {"message_ids": pushed})
         return _distinct(of[key] for key in taken)
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
@@ -230,7 +231,7 @@ class Remedies:
                 else:
                     pushed.append(row["message_id"])
 
-    def _requeue(self, abandoned: Sequence[tuple[Message, Row]], pushed: list[str]) -> None:
+    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> None:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
         Not what somebody has taken since it was looked at."""
         if not abandoned:
@@ -243,7 +244,6 @@ class Remedies:
                 taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
                 if taken == message.taken:
                     channel.qos.restore_by_tag(message.tag)
-                    pushed.append(message.message_id)
 
     def _note(self, connection: Connection, findings: Sequence[Finding]) -> None:
         names = ("kind", "id", "diagnosis", "remedy", "callback", "reason")

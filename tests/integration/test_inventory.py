@@ -64,7 +64,10 @@ def test_what_is_open_stuck_and_unrecoverable(shop: Shop, config: Path) -> None:
     first, *others = told.stderr.splitlines()
     assert first.startswith("3 chords are open, the oldest for ")
     assert first.endswith(", 1 stuck")
-    assert others == ["open: 2 chords under way; messages of their headers: 2 in queues, none with a worker"]
+    assert others == [
+        "open: 2 chords under way; messages of their headers: 2 in queues, none with a worker",
+        "open: no worker has any of what is queued; if that stays so, look whether one consumes these queues",
+    ]
 
 
 def test_a_callback_that_was_lost_is_told_though_its_chord_is_not_open(shop: Shop, config: Path) -> None:

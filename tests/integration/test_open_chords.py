@@ -38,6 +38,7 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
         assert patchpilot(*arguments, "--min-age", "0s", "--config", config).stderr.splitlines() == [
             "nothing is stuck of what was looked at",
             "open: 2 chords under way; messages of their headers: 4 in queues, none with a worker",
+            "open: no worker has any of what is queued; if that stays so, look whether one consumes these queues",
             "not looked at: 1 chord without progress for 1d 0h",
             "not looked at: 2 messages without progress for 1d 0h",
         ]

@@ -18,8 +18,9 @@ from patchpilot.clock import SYSTEM
 from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Finding, Recovery, Window
+from patchpilot.recovery import Finding, Recovery, Site, Window
 from patchpilot.recovery.findings import Kind
+from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
 from patchpilot.workers.application import site_of
@@ -105,8 +106,10 @@ def test_queues_that_are_named_otherwise_are_known_by_their_names_or_nothing_is_
     assert ids(broker, "celery:5") == [queued]
     with pytest.raises(NeedsOperator, match=r"set celery\.sep"):
         recovery.recover(NOW)
-    with Recovery(replace(site_of(app), sep="|")) as misled, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        misled.recover(NOW)
+    with Housekeeping(Site(shop.broker, shop.dsn)) as misled, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
+        misled.adopt()
+    with Recovery(replace(site_of(app), sep="|")) as other, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
+        other.recover(NOW)
     broker.sadd("_kombu.binding.celery", "celery\x06\x16\x06\x16celery")  # from before it was set
     with Recovery(site_of(app)) as informed:
         assert informed.survey(NOW) == ()

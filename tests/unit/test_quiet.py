@@ -32,6 +32,7 @@ def test_what_is_open_is_told_in_numbers() -> None:
     assert rest((), Quiet({"at-work": 130}, Hands(queued=512), Hands(queued=1)), WINDOW) == (
         "open: 130 chords under way; messages of their headers: 512 in queues, none with a worker",
         "open: 1 message of callbacks and other tasks: 1 in queues, none with a worker",
+        "open: no worker has any of what is queued; if that stays so, look whether one consumes these queues",
     )
     busy = Quiet({"at-work": 1, "finishing": 1, "being-dispatched": 1}, Hands(2, 3), Hands(0, 4))
     of_chords, of_others = (
