@@ -16,7 +16,7 @@ from patchpilot.elasticache.facts import (
     UpdateAction,
     UpdateStatus,
 )
-from patchpilot.errors import NeedsOperator, NothingToDo
+from patchpilot.errors import NeedsOperator, NothingToDo, Transient
 from patchpilot.phases.order import Kind
 
 NO_ACTION = UpdateAction(group="", update="", status="")
@@ -91,15 +91,22 @@ def choose(
     :param meant: the one that this run had chosen before it was interrupted; chosen again if it is complete by now.
     :raises NothingToDo: nothing applies; the message says what became of each.
     :raises NeedsOperator: the one asked for is not for this group.
+    :raises Transient: AWS does not list ``meant`` at the moment: that is unknown then, neither done nor undone.
     """
     known = {update.name: update for update in updates}
     choices = [Choice(action, known.get(action.update), aim={"update": action.update}) for action in actions]
     done = [it for it in choices if it.action.update == meant and it.action.status == UpdateStatus.COMPLETE]
     if done and asked in {None, meant}:
         return replace(done[0], running=True)
+    running = [choice for choice in choices if choice.adopted and asked in {None, choice.action.update}]
+    unlisted = meant is not None and not any(choice.action.update == meant for choice in choices)
+    if unlisted and asked in {None, meant} and not running:
+        raise Transient(
+            f"AWS does not list {meant}, which this run is about, at the moment; if it is gone for good, end the run "
+            "with `patchpilot stop` and `patchpilot run`"
+        )
     if asked is not None:
         return _asked(choices, now, asked)
-    running = [choice for choice in choices if choice.adopted]
     applicable = [choice for choice in choices if _applies(choice, now)]
     if not running and not applicable:
         raise NothingToDo(f"no service update applies to this group: {_summary(choices, now)}")

@@ -74,7 +74,7 @@ class Apply(Step):
         sight = self._look(view.now, view.intended_at or view.now)
         if self._operation.acts or view.now < moment(view.intent["drawn"]) + self._desk.runbook.settle:
             view = replace(view, seen=roles_shown(view, sight))
-        view = replace(view, intent={**view.intent, **view.seen.get("baseline", {})})
+        view = replace(view, intent={**view.intent, **view.seen.get("baseline", {}), "uncertain": _is_uncertain(view)})
         at = self._operation.standing(view.intent, sight, tried=_tried(view))
         at = replace(at, began=at.began and at.began + min(sight.behind, NO_TIME) - MARGIN)
         seen = look(view, at, self._desk.runbook, self._operation)
@@ -256,6 +256,11 @@ def _began(view: View, at: Standing) -> datetime:
 def _tried(view: View) -> bool:
     """Whether there was a request that AWS may have followed."""
     return any(not attempt.refused for attempt in view.attempts)
+
+
+def _is_uncertain(view: View) -> bool:
+    """Whether nobody knows if AWS ever followed a request of ours."""
+    return _tried(view) and all(attempt.interrupted or attempt.refused for attempt in view.attempts)
 
 
 def _seen_to_stop(earlier: Data, sight: Sight) -> Data:

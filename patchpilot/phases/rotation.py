@@ -93,6 +93,8 @@ class Rotation:
     """When the rotation began: what happened before is no part of it, however late it is told or shown."""
     still: datetime | None = field(default=None, compare=False)
     """When the nodes last said that ``primary`` is the primary. Not on record: it would change with every look."""
+    shown: datetime | None = field(default=None, compare=False)
+    """When AWS last showed it. Likewise."""
 
     @classmethod
     def of(cls, note: Mapping[str, Any]) -> Rotation:
@@ -121,7 +123,7 @@ class Rotation:
     def note(self) -> dict[str, Any]:
         """As the journal stores it."""
         note: dict[str, Any] = noted(self)
-        del note["still"]
+        del note["still"], note["shown"]
         return note
 
     @property
@@ -152,7 +154,7 @@ class Rotation:
                 seen = replace(seen, primary=said.node)
             return replace(seen._hear(said, now), heard=True)
         if primary is None or primary == (self.aws or self.primary) or self._is_stale(primary, now):
-            return replace(self, failovers=known)
+            return replace(self, failovers=known, shown=now if primary == self.primary else self.shown)
         heard = replace(self, failovers=known, aws=primary)
         if primary in before and not known:  # AWS shows only now what was so before the rotation
             return heard if self.heard else replace(heard, primary=primary)
@@ -174,6 +176,8 @@ class Rotation:
         known = self.failovers
         if not told_of and self.primary is not None:
             known = _add(known, Failover(now, primary, self.primary, "roles", after=self.still))
+        elif self.shown is not None:
+            known = tuple(_redated(each, self.shown, now) if each.to == primary else each for each in known)
         return replace(self, failovers=known, primary=primary, primary_since=now, previous=self.primary, replid="")
 
     def _is_stale(self, primary: str, now: datetime) -> bool:
@@ -190,6 +194,9 @@ class Rotation:
         for each in self.failovers:
             if _same(each, ours):
                 return replace(each, old=each.old or told.old) if _date(each) >= told.at and _by_event(each) else ours
+        last = self.last
+        if last and not _by_event(last) and last.to == told.to and abs(last.at - ours.at) <= ASTRAY:
+            return replace(last, told_by="events", dated=told.at, old=told.old or last.old)
         earlier = self.previous is not None and self.primary_since is not None and told.at < self.primary_since
         if not earlier and told.to != self.primary and self.still and told.at < self.still <= told.at + ASTRAY:
             return replace(told, at=now, dated=told.at)
@@ -233,16 +240,27 @@ def _by_event(failover: Failover) -> bool:
     return failover.told_by == "events"
 
 
+def _redated(known: Failover, shown: datetime, now: datetime) -> Failover:
+    """``known``, counted from now if AWS showed the old primary well after its date: that may be of another clock."""
+    wrong = _by_event(known) and known.at + SKEW < shown <= known.at + ASTRAY
+    return replace(known, at=now, dated=_date(known)) if wrong else known
+
+
 def _date(failover: Failover) -> datetime:
     return failover.dated or failover.at
 
 
 def _better(one: Failover, other: Failover) -> Failover:
-    """Of two reports of one failover: events before roles, then the later time, for the grace begins with it."""
+    """Of two reports of one failover: events before roles, then the later time, for the grace begins with it.
+
+    The date of an event may be wrong, by whatever clock: if the nodes said later that it had not happened yet; and if
+    nobody could ask them, it may be where the roles showed it well after that.
+    """
     if one.told_by != other.told_by:
         chosen, rest = (one, other) if one.told_by == "events" else (other, one)
-        if rest.after is not None and chosen.at < rest.after <= chosen.at + ASTRAY:
-            return replace(rest, told_by="events", dated=_date(chosen))
+        impossible_until = rest.after or rest.at - SKEW
+        if chosen.at < impossible_until <= chosen.at + ASTRAY:
+            return replace(rest, told_by="events", dated=_date(chosen), old=chosen.old or rest.old)
     else:
         chosen, rest = (one, other) if one.at >= other.at else (other, one)
     return replace(chosen, old=chosen.old or rest.old)

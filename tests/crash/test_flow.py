@@ -379,6 +379,32 @@ def test_what_begins_by_itself_needs_no_approval_any_more(tmp_path: Path) -> Non
     assert flow.report()["update"]["initiated_by"] == ["system"]
 
 
+def test_an_update_that_aws_does_not_list_when_the_run_is_taken_up_is_unknown_and_not_nothing(tmp_path: Path) -> None:
+    flow = waiting(tmp_path)
+    flow.world.ask(Ask.APPROVE, digest=pending(flow))
+    listed = flow.world.update_actions
+    flow.world.update_actions = lambda group: ()  # type: ignore[method-assign]
+    flow.in_(3, lambda: setattr(flow.world, "update_actions", listed))
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+
+
+def test_an_update_that_is_gone_for_good_leaves_a_run_that_can_be_ended(tmp_path: Path) -> None:
+    flow = waiting(tmp_path)
+    flow.world.update_actions = lambda group: ()  # type: ignore[method-assign]
+    assert f"AWS does not list {UPDATE}, which this run is about" in flow.refuses(Transient)
+    assert flow.outcome == "unfinished"
+    flow.world.ask(Ask.STOP)
+    flow.refuses(Aborted)
+    assert (flow.outcome, flow.world.applied) == ("aborted", [])
+
+
+def test_what_nobody_has_looked_at_and_aws_does_not_list_is_nothing_to_do(tmp_path: Path) -> None:
+    flow = Flow(tmp_path)
+    flow.world.update_actions = lambda group: ()  # type: ignore[method-assign]
+    assert "AWS lists none" in flow.refuses(NothingToDo)
+
+
 def test_a_run_that_waits_can_be_ended(tmp_path: Path) -> None:
     flow = waiting(tmp_path)
     flow.world.ask(Ask.STOP)

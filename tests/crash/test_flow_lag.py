@@ -152,3 +152,20 @@ def test_what_began_by_a_clock_that_is_ahead_before_anybody_looked_has_its_failo
     flow.run()
     [failover] = flow.report()["failovers"]
     assert (failover["told_by"], failover["at"]) == ("events", moved.isoformat())
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["nodes that answer", "silent nodes"])
+@pytest.mark.parametrize("behind", [-4, 4])
+def test_events_may_have_a_clock_of_their_own(tmp_path: Path, behind: float, asked: bool) -> None:
+    """Another one than that by which AWS answers: nothing tells how far it is off, but what the roles show."""
+    flow = Flow(tmp_path, grace=timedelta(minutes=10))
+    flow.world.dates_behind = timedelta(minutes=behind)
+    if not asked:
+        silent(flow).world.tells_of_failovers = True
+    moved: list[datetime] = []
+    fail_over = flow.world.fail_over
+    flow.world.fail_over = lambda new: (moved.append(flow.clock.now()), fail_over(new))[1]  # type: ignore[method-assign, func-returns-value]
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+    assert [row["to"] for row in flow.report()["failovers"]] == [NAMES[1]]
+    assert flow.entries("dry-run", Kind.REACHED)[0].at >= moved[0] + flow.rules.grace

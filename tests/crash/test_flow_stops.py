@@ -198,6 +198,19 @@ def test_a_request_of_any_kind_that_comes_to_nothing_can_be_given_up(tmp_path: P
     assert flow.report()["abort"]["why"].startswith("stop asked for by ann")
 
 
+@pytest.mark.parametrize("kind", ["engine-upgrade", "node-type"])
+def test_what_makes_the_group_busy_is_not_taken_for_an_interrupted_request_that_never_arrived(
+    tmp_path: Path, kind: str
+) -> None:
+    """AWS updates by itself in that moment, and would have refused it."""
+    flow = arranged(tmp_path, kind)
+    flow.crash((Kind.ACTING, "trigger"))
+    flow.world.start()
+    flow.run()
+    assert (flow.outcome, len(flow.world.applied)) == ("done", 1)
+    assert len(flow.entries("trigger", Kind.ACTING)) == 2
+
+
 def comes_to_nothing(flow: Flow) -> None:
     """AWS begins, and then nothing more happens: no failover, or no further node."""
 

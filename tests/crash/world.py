@@ -105,6 +105,8 @@ class World:
         self.tells_of_failovers = True
         self.behind = timedelta()
         """How far the cloud's clock, which dates events and answers, is behind ours; below zero, ahead."""
+        self.dates_behind = timedelta()
+        """How far its events are dated behind that clock."""
         self.fails_over = True
         self.surprises: dict[str, list[BaseException | Callable[[], object]]] = {}
         """What happens in the next call of that name: ``apply`` before and ``applied`` after it took effect."""
@@ -384,7 +386,9 @@ class World:
         self.stuck_since |= {finding.id: self.clock.now() - age for finding in findings}
 
     def happen(self, source: str, message: str) -> None:
-        self.change(events=(*self.now.events, Event(self.clock.now() - self.behind, source, message)))
+        self.change(
+            events=(*self.now.events, Event(self.clock.now() - self.behind - self.dates_behind, source, message))
+        )
 
     def change(self, **what: object) -> None:
         for name, value in what.items():

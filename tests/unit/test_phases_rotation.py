@@ -71,6 +71,17 @@ def test_an_event_that_comes_late_takes_the_place_of_what_the_roles_showed() -> 
     assert seen.failovers == (Failover(minutes(9.5), "b", "a", "events"),)
 
 
+@pytest.mark.parametrize(("date", "counts"), [(9.5, 9.5), (8.5, 10), (6, 10), (3, 3)])
+def test_an_event_that_is_dated_well_before_the_roles_showed_it_may_have_another_clock(
+    date: float, counts: float
+) -> None:
+    """Unless that would be further off than AWS's clock can be: then nobody had looked."""
+    seen = START.follow("b", [], minutes(10)).follow("b", [told(date)], minutes(15))
+    [failover] = seen.failovers
+    assert (failover.at, failover.told_by, failover.old) == (minutes(counts), "events", "a")
+    assert seen.follow("b", [told(date)], minutes(16)) == seen
+
+
 def test_an_event_before_the_roles_show_it_is_the_same_failover() -> None:
     seen = START.follow("a", [told(10)], minutes(10.5)).follow("b", [told(10)], minutes(11))
     assert seen.failovers == (Failover(minutes(10), "b", "a", "events"),)

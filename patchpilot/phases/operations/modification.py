@@ -42,24 +42,31 @@ class _Modification(Operation):
 
     def standing(self, baseline: Data, sight: Sight, *, tried: bool) -> Standing:
         done = {node.node for node in sight.nodes if self.has(baseline["aim"], node)}
-        sign, why = self._sign(set(baseline["done"]), done, sight, tried=tried)
+        doubtful = baseline.get("uncertain", False)
+        sign, why = self._sign(set(baseline["done"]), done, sight, tried=tried, doubtful=doubtful)
         pending = _pending(sight)
         error = _flushed(pending) if sign is Sign.IMPOSSIBLE else None
         return Standing(sign, sight.group.status, why, rows=node_rows(sight.nodes, done), error=error)
 
-    def _sign(self, before: set[str], done: set[str], sight: Sight, *, tried: bool) -> tuple[Sign, str]:
+    def _sign(self, before: set[str], done: set[str], sight: Sight, *, tried: bool, doubtful: bool) -> tuple[Sign, str]:
+        """What ``sight`` means.
+
+        :param doubtful: whether nobody knows if our request took effect: then it may be something else that makes the
+            group busy, which is told apart when a node has what is aimed at, or all is calm again.
+        """
         members = {member.node for member in sight.group.members}
         if not members or not members <= {node.node for node in sight.nodes}:
             return Sign.UNKNOWN, "AWS does not list every node at the moment"
         ours = any(self.pending_as in node.pending for node in sight.nodes)
         if members <= done and sight.calm and not ours:
             return Sign.OVER, ""
-        if done - before or (tried and (ours or not sight.calm)):
+        if done - before or (tried and (ours or not (sight.calm or doubtful))):
             return Sign.RUNNING, ""
         if _pending(sight) and not tried:
             return Sign.IMPOSSIBLE, ""
         if not sight.calm:
-            return Sign.BUSY, f"something else is under way: the group is {sight.group.status}"
+            what = "the interrupted request or something else" if doubtful else "something else"
+            return Sign.BUSY, f"{what} is under way: the group is {sight.group.status}"
         return Sign.READY, ""
 
     def start(self, baseline: Data) -> Application:
