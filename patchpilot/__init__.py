@@ -19,6 +19,7 @@ def install(app: Celery, *, recover: bool = False) -> None:
 
     :param recover: have its workers recover what the broker lost, ``patchpilot_recovery_min_age`` after they have
         connected to it, and then ``patchpilot_recovery_every``, if that is set. One of them at a time.
+    :raises ImproperlyConfigured: under a Celery that is not supported.
     """
     from patchpilot.backend.install import install as install_into
 

@@ -66,7 +66,7 @@ class shop_on:  # noqa: N801 - reads as a statement where it is used
     def __enter__(self) -> Shop:
         self._patch.setenv("SHOP_LEDGER", str(self._shop.ledger_file))
         app = shop_module.app
-        app.set_current()  # before 5.7 Celery asks it for a chain that begins with a chord; another may be current
+        app.set_current()  # before 5.7 Celery asks it for a chain that begins with a chord
         app.conf.update(
             broker_url=self._shop.broker, broker_write_url=self._shop.broker, broker_read_url=self._shop.broker,
             result_backend=f"patchpilot+{self._shop.broker}", patchpilot_postgres=self._shop.dsn,

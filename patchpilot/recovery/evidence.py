@@ -8,7 +8,8 @@ Why two looks are enough: between two hands a message is for as long as one repl
 and both are asked. A reply that a worker has not read stays in its socket, where the worker looks when it is asked; and
 a chord that is complete is finished by the worker of its last part, which runs that part's task until it has done so.
 What a producer has written down and not yet pushed is in no hands at all. While it pushes, the messages of its dispatch
-appear one by one; a producer that has stopped to do so is told from one that died only by the window's age.
+appear one by one; a producer that has stopped to do so is told from one that died only by the window's age. A message
+that was acknowledged when its task began is with neither broker nor producer, so workers say since when it runs.
 """
 
 from __future__ import annotations
