@@ -92,7 +92,7 @@ from tests.support.shop import add, app
 add.apply_async((1, 1), queue="nobody")
 for name in ("one", "two"):
     if not os.fork():
-        app.worker_main(["worker", "-n", f"{name}@%h", "-c", "1", "--without-gossip", "--without-mingle"])
+        app.worker_main(["worker", "-n", f"{name}@%h", "-Q", name, "-c", "1", "--without-gossip", "--without-mingle"])
 for _ in range(2):
     os.wait()
 """
@@ -107,7 +107,7 @@ def test_workers_that_somebody_forks_are_two(shop: Shop) -> None:
     )  # fmt: skip
     identity = shop.roster.add("launcher", launcher.pid)
     try:
-        held = [hold.delay(number, str(gate)) for number in range(2)]
+        held = [hold.apply_async((name, str(gate)), queue=name) for name in ("one", "two")]
         shop.await_line("hold began", count=2, seconds=60)
         with psycopg.connect(shop.dsn, autocommit=True) as watcher:
             sql = b"SELECT instance::text FROM patchpilot.worker"
@@ -117,7 +117,7 @@ def test_workers_that_somebody_forks_are_two(shop: Shop) -> None:
         assert len(alive) == 2
         assert running == alive
         gate.touch()
-        assert [result.get(timeout=WAIT) for result in held] == [0, 1]
+        assert [result.get(timeout=WAIT) for result in held] == ["one", "two"]
     finally:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
