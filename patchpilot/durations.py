@@ -28,6 +28,18 @@ def parse_duration(text: str) -> timedelta:
     return timedelta(seconds=seconds)
 
 
+def as_duration(value: object) -> timedelta:
+    """A duration as somebody wrote it in a file, or as one is already.
+
+    :raises ValueError: it is none, and none is written so.
+    """
+    if isinstance(value, timedelta):
+        return value
+    if isinstance(value, str):
+        return parse_duration(value)
+    raise ValueError(f"{value!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
+
+
 def ago(span: timedelta) -> str:
     """A span for a person: ``45s``, ``12m``, ``3h 5m``, ``2d 4h``."""
     seconds = int(span.total_seconds())

@@ -28,18 +28,10 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from patchpilot.dsn import MALFORMED, is_readable, readable_endpoint, refusal
-from patchpilot.durations import ago, long_enough_to_be_dead, parse_duration
+from patchpilot.durations import ago, as_duration, long_enough_to_be_dead, parse_duration
 from patchpilot.errors import Usage
 
 DEFAULT_FILE = Path("patchpilot.toml")
-
-
-def _as_duration(value: object) -> object:
-    if isinstance(value, timedelta):
-        return value
-    if isinstance(value, str):
-        return parse_duration(value)
-    raise ValueError(f"{value!r} is not a duration; write it like 300ms, 45s, 5m, 1h30m or 24h")
 
 
 def _within(least: str, most: str) -> AfterValidator:
@@ -53,7 +45,7 @@ def _within(least: str, most: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Duration = Annotated[timedelta, BeforeValidator(_as_duration)]
+Duration = Annotated[timedelta, BeforeValidator(as_duration)]
 Wait = Annotated[Duration, _within("1s", "14d")]
 """How long to wait for something; AWS keeps events for fourteen days, and what they tell is not known for longer."""
 

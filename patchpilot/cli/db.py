@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated
 
 import typer
 
 from patchpilot.backend.purge import purge as remove
 from patchpilot.cli.console import ConfigOption, Output, OutputOption, duration, emit_json, read_settings, say
+from patchpilot.errors import Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.migrate import migrate as apply_migrations
+
+SHORTEST = timedelta(seconds=1)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +64,8 @@ def purge(
     """
     settings = read_settings(config)
     keep = duration(retention, settings.purge.retention, "--retention")
+    if keep < SHORTEST:
+        raise Usage("--retention: must be 1s at least: what has just ended may come back from the broker")
     with Database(settings.postgres_dsn()) as database:
         removed = remove(database, keep)
     if output is Output.JSON:

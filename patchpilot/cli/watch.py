@@ -11,13 +11,14 @@ from typing import Any
 from patchpilot.cli.console import Output, emit, emit_line, say, stop_signals
 from patchpilot.clock import SYSTEM
 from patchpilot.dsn import mask
+from patchpilot.durations import ago
 from patchpilot.errors import PatchpilotError, Usage
 from patchpilot.recovery import Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.inventory import Backlog
 from patchpilot.recovery.watch import Audiences, Pass, watch
 
-SHORTEST = timedelta(seconds=1)
+SHORTEST, LONGEST = timedelta(seconds=1), timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Orders:
 def go_on(site: Site, orders: Orders, output: Output) -> None:
     """Recover until a signal comes.
 
-    :raises Usage: for an interval that is too short, or an address that is none.
+    :raises Usage: for an interval that is too short or too long, or an address that is none.
     :raises NeedsOperator: if the very first pass finds that something is set up wrong, or the address is taken.
     """
     if orders.every < SHORTEST:
         raise Usage(f"--watch: an interval below {SHORTEST.total_seconds():.0f}s would only keep PostgreSQL busy")
+    if orders.every > LONGEST:
+        raise Usage(f"--watch: an interval above {ago(LONGEST)} would leave what is lost until it is too old")
     narrator = Narrator(output, dry_run=orders.dry_run)
     with (
         stop_signals("stopping after this pass") as stop,

@@ -122,6 +122,8 @@ def test_a_group_with_members_roles_and_addresses(aws: ElastiCache) -> None:
     ]  # fmt: skip
     assert group.answered is not None
     assert timedelta() <= SYSTEM.now() - group.answered < timedelta(hours=1)  # the date of the answer, in UTC
+    assert group.heard is not None
+    assert timedelta() <= group.heard - group.answered  # nothing is heard before it was said
     assert [node.node for node in aws.nodes(group)] == [member.node for member in group.members]
     assert {node.status for node in aws.nodes(group)} == {"available"}
 

@@ -238,3 +238,6 @@ def test_the_command(shop: Shop, tmp_path: Path) -> None:
     done = patchpilot("db", "purge", "--config", config, "--retention", "1d")
     assert done.stderr.startswith("removed 0 results")
     assert patchpilot("db", "purge", "--config", config, "--retention", "soon").returncode == 2
+    done = patchpilot("db", "purge", "--config", config, "--retention", "0s")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "--retention: must be 1s at least" in done.stderr

@@ -193,6 +193,7 @@ def test_what_does_not_go_together_and_an_address_that_is_taken(migrated: str, v
             ("--watch", "5s", "--plan", "plan.json"): (Exit.USAGE, "--watch goes on without a person"),
             ("--listen", ":0"): (Exit.USAGE, "--listen is for --watch"),
             ("--watch", "10ms"): (Exit.USAGE, "an interval below 1s"),
+            ("--watch", "2d"): (Exit.USAGE, "an interval above 1d 0h"),
             ("--watch", "5s", "--listen", "here"): (Exit.USAGE, "'here' is no address"),
             ("--adopt", "--strays", ""): (Exit.USAGE, "--strays"),
             ("--watch", "5s", "--listen", f"127.0.0.1:{port}"): (Exit.ERROR, "Address already in use"),
