@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from selectors import DefaultSelector
 from typing import Any, TypeVar
 
 import psycopg
@@ -29,6 +30,10 @@ _KERNEL = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 
 """Of libpq, in seconds, but the last one in milliseconds: a peer that is gone is noticed after about 30 s."""
 
 
+AT_ONCE = 0.05
+"""Seconds in which psycopg does not ask without a reason: it does ten times a second."""
+
+
 class Connection(psycopg.Connection[DictRow]):
     """One session.
 
@@ -43,7 +48,12 @@ class Connection(psycopg.Connection[DictRow]):
 
         :raises OperationalError: the server is silent. The connection is closed then.
         """
-        return super().wait(impatient(gen, self.patience, self.clock, self.close), *args, **kwargs)
+        return super().wait(impatient(gen, self.patience, self.clock, self._arrived, self.close), *args, **kwargs)
+
+    def _arrived(self, wants: int) -> bool:
+        with DefaultSelector() as selector:
+            selector.register(self.pgconn.socket, wants)
+            return bool(selector.select(0))
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
@@ -55,21 +65,25 @@ class Connection(psycopg.Connection[DictRow]):
             self.patience = patience
 
 
-def impatient(gen: PQGen[T], patience: float, clock: Clock, give_up: Callable[[], None]) -> PQGen[T]:
+def impatient(
+    gen: PQGen[T], patience: float, clock: Clock, arrived: Callable[[int], bool], give_up: Callable[[], None]
+) -> PQGen[T]:
     """``gen``, which psycopg asks when something arrived, and some times a second when nothing did; with an end.
 
     :param patience: seconds without anything.
+    :param arrived: whether something has arrived, of what is waited for: in old versions psycopg always says so.
     :param give_up: called at that end.
     :raises OperationalError: at that end.
     """
     try:
         wants = next(gen)
-        until = clock.monotonic() + patience
+        heard = asked = clock.monotonic()
         while True:
             ready = yield wants
-            if ready:
-                until = clock.monotonic() + patience
-            elif clock.monotonic() >= until:
+            before, asked = asked, clock.monotonic()
+            if ready and (asked - before < AT_ONCE or arrived(wants)):
+                heard = asked
+            elif asked - heard >= patience:
                 give_up()  # not even a cancellation would be answered
                 raise psycopg.OperationalError(f"no answer for {patience:g} s")
             wants = gen.send(ready)

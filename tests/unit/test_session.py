@@ -20,7 +20,8 @@ class Waiting:
     def __init__(self, patience: float) -> None:
         self.clock = FakeClock()
         self.given_up = 0
-        self._gen = impatient(self._work(), patience, self.clock, self._give_up)
+        self.arrives = True
+        self._gen = impatient(self._work(), patience, self.clock, lambda _wants: self.arrives, self._give_up)
         next(self._gen)
 
     def _work(self) -> Generator[Any, Any, str]:
@@ -58,4 +59,13 @@ def test_silence_ends() -> None:
     waiting.after(9, NOTHING)
     with pytest.raises(psycopg.OperationalError, match="no answer for 10 s"):
         waiting.after(1, NOTHING)
+    assert waiting.given_up == 1
+
+
+def test_old_versions_of_psycopg_always_say_that_something_arrived() -> None:
+    waiting = Waiting(patience=10)
+    waiting.arrives = False
+    waiting.after(9, SOMETHING)
+    with pytest.raises(psycopg.OperationalError, match="no answer for 10 s"):
+        waiting.after(1, SOMETHING)
     assert waiting.given_up == 1
