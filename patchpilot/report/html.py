@@ -58,7 +58,7 @@ def _tiles(report: Json) -> str:
         ("Took", length(report["seconds"]) or "-"),
         ("Nodes done", f"{sum(node.get('status') == 'complete' for node in nodes)} of {len(nodes)}" if nodes else "-"),
         ("Failovers", len(report["failovers"])),
-        ("Stuck afterwards", "-" if skipped else len(report["findings"]["items"])),
+        ("Found stuck", "-" if skipped else len(report["findings"]["items"])),
         ("Recovered", "-" if skipped else len(report["remedies"]["after"])),
         ("Claims that hold", f"{sum(claim['holds'] for claim in claims)} of {len(claims)}" if claims else "-"),
     ]
