@@ -21,6 +21,15 @@ from tests.support.processes import Shop
 
 pytest_plugins = ["tests.lab_fixtures"]
 
+SLOWEST_FIRST = ("scenarios", "integration", "crash", "contract", "unit")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """After they were shuffled: of several processes, none begins with the longest tests when the others are done."""
+    root = Path(__file__).parent
+    items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(root).parts[0]))
+
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres_server: Postgres) -> str:
