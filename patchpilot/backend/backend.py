@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery import Celery, signals, states
 from celery._state import get_current_task
 from celery.backends.redis import RedisBackend
@@ -103,8 +104,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 logger.warning("State %s of %s was not recorded: %s", state, task_id, error)
                 return result
             raise
-        if state in states.READY_STATES:
-            self._notify(task_id, payload)
+        self._notify(task_id, payload)
         return result
 
     def _meta(self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None) -> Any:
@@ -140,7 +140,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         return timedelta(seconds=seconds) if seconds else None
 
     def _notify(self, task_id: str, payload: Any) -> None:
-        """Wake whoever waits for the result. A hint: they find it in PostgreSQL anyway."""
+        """Wake whoever waits for the result, and tell ``on_message`` of a state. A hint: it is in PostgreSQL anyway."""
         try:
             self.client.publish(self.get_key_for_task(task_id), payload)
         except (RedisError, OSError) as error:
@@ -198,11 +198,21 @@ class Backend(RedisBackend):  # type: ignore[misc]
     ) -> None:
         if request is not None and state == states.SUCCESS:
             request.patchpilot_done = task_id  # its result, its part, its message and its start go in one statement
+        done = partial(super().mark_as_done, task_id, result, request, store_result, state)
         with _left_to_recovery(task_id, request):
-            super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
+            try:
+                done()
+            except SoftTimeLimitExceeded:  # it strikes once, and the task's body has ended in time
+                done()
 
     def mark_as_failure(self, task_id: str, exc: Any, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
+        if request is not None and self._had_succeeded(task_id):
+            # A limit or a kill struck when its end was on record already, while its part returned.
+            logger.warning("Task %s had succeeded before it was ended from outside: %r", task_id, exc)
+            self._see_to_chord(request)
+            self._ended_outside(request)
+            return
         if isinstance(exc, WorkerLostError) and getattr(request, CALLBACK_OF, None) and get_current_task() is None:
             # Acknowledged early, and its process was killed in the middle. It has not failed: it has not ended. Its
             # message stays in the outbox, and recovery sends it again once the lease of the dead process is over.
@@ -211,6 +221,15 @@ class Backend(RedisBackend):  # type: ignore[misc]
         with _left_to_recovery(task_id, request):
             super().mark_as_failure(task_id, exc, *args, **kwargs)
             self._ended_outside(request)
+
+    def _had_succeeded(self, task_id: str) -> bool:
+        """Whether a worker's main process ends a task that came to its end by itself."""
+        if get_current_task() is not None or errbacks.are_called_elsewhere():
+            return False
+        try:
+            return bool(self._get_task_meta_for(task_id)["status"] == states.SUCCESS)
+        except PatchpilotError:
+            return False
 
     def mark_as_revoked(self, task_id: str, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
@@ -261,7 +280,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 super().on_chord_part_return(request, state, result, **kwargs)
             elif chord.live and (chord.ready is not False if chord.counted_here else self._counted(request)):
                 self.finish_chord(group_id, spare=request.chord)
-        except EncodeError:
+        except (EncodeError, SoftTimeLimitExceeded):
             raise
         except Exception as error:
             request.patchpilot_keep = True  # its message stays in the outbox, or nothing would tell of the part
@@ -343,6 +362,12 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """A task that has run is not run again. But its process may have died before it saw to its chord."""
         if request.chord is not None and request.group:
             self.finish_chord(str(request.group), spare=request.chord)
+
+    def _see_to_chord(self, request: Any) -> None:
+        try:
+            self._on_repetition(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not change how the task ended
+            logger.error("Chord %s is left to recovery: %r", request.group, error)  # noqa: TRY400
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import redis
@@ -117,10 +118,12 @@ class Held:
     :param grows: whether the part adds another one before it ends.
     """
 
-    def __init__(self, outpost: Outpost, *, ignore_result: bool = False, grows: bool = False) -> None:
+    def __init__(
+        self, outpost: Outpost, *, ignore_result: bool = False, grows: bool = False, **options: Any
+    ) -> None:
         self._gate = outpost.station.shop.directory / f"gate-{uuid.uuid4()}"
         self._more = ["add 5 10", "total 20"] if grows else ["total 5"]
-        part = (grows_behind if grows else hold).s(5, str(self._gate)).set(ignore_result=ignore_result)
+        part = (grows_behind if grows else hold).s(5, str(self._gate)).set(ignore_result=ignore_result, **options)
         self.result = chord([part], total.s().on_error(mourner.s())).apply_async()
         self.part: AsyncResult = self.result.parent.results[0]
         until(lambda: "hold began" in outpost.station.ledger(), seconds=WAIT, what="the part had begun")
@@ -178,6 +181,39 @@ def test_a_part_return_is_tried_again(outpost: Outpost, disturbance: Callable[[O
         outpost.await_word(f"counting the parts of chord {held.group_id} is tried again")
     held.check(outpost)
     assert counted(outpost, held) == "valkey"
+
+
+@on(PATIENT)
+def test_a_soft_time_limit_that_strikes_while_a_part_returns(outpost: Outpost) -> None:
+    """It is for the task's body, and that has ended in time."""
+    held = Held(outpost, link_error=[mourner.s()], soft_time_limit=8)
+    with frozen(outpost):
+        held.end()
+        outpost.await_word("Soft time limit (8s) exceeded")
+    held.check(outpost)
+
+
+@on(PATIENT)
+def test_a_time_limit_that_strikes_while_a_part_returns(outpost: Outpost) -> None:
+    held = Held(outpost, link_error=[mourner.s()], time_limit=8)
+    with frozen(outpost):
+        held.end()
+        outpost.await_word("had succeeded before it was ended")
+        until(lambda: "total 5" in outpost.station.ledger(), seconds=WAIT, what="its callback ran meanwhile")
+    let_expire(outpost)
+    held.check(outpost)
+
+
+@on(PATIENT)
+def test_a_soft_time_limit_that_strikes_while_postgresql_is_away(outpost: Outpost) -> None:
+    held = Held(outpost, link_error=[mourner.s()], soft_time_limit=8)
+    outpost.postgres.stop()
+    try:
+        held.end()
+        outpost.await_word("Soft time limit (8s) exceeded")
+    finally:
+        outpost.postgres.start()
+    held.check(outpost)
 
 
 @on(PATIENT)

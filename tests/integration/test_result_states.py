@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import VERSION, chain, chord
@@ -46,6 +47,18 @@ def test_progress(station: Station, gate: Path) -> None:
     assert result.info == {"done": 1}
     gate.touch()
     assert result.get(timeout=WAIT) == "None"
+
+
+def test_whoever_waits_hears_of_progress(station: Station, gate: Path) -> None:
+    heard: list[str] = []
+
+    def listen(meta: dict[str, Any]) -> None:
+        heard.append(meta["status"])
+        if meta["status"] == "PROGRESS":
+            gate.touch()
+
+    assert progresses.delay(str(gate)).get(timeout=WAIT, on_message=listen) == "None"
+    assert heard == ["PROGRESS", "SUCCESS"]
 
 
 def test_a_retry_shows_while_it_waits(station: Station, gate: Path) -> None:
