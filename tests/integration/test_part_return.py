@@ -118,9 +118,7 @@ class Held:
     :param grows: whether the part adds another one before it ends.
     """
 
-    def __init__(
-        self, outpost: Outpost, *, ignore_result: bool = False, grows: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, outpost: Outpost, *, ignore_result: bool = False, grows: bool = False, **options: Any) -> None:
         self._gate = outpost.station.shop.directory / f"gate-{uuid.uuid4()}"
         self._more = ["add 5 10", "total 20"] if grows else ["total 5"]
         part = (grows_behind if grows else hold).s(5, str(self._gate)).set(ignore_result=ignore_result, **options)
