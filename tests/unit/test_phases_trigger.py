@@ -298,11 +298,16 @@ def test_a_superseded_update_is_nothing_to_do_unless_it_may_have_begun() -> None
     assert "patchpilot stop" in str(error)
 
 
-@pytest.mark.parametrize("attempts", [(), (INTERRUPTED,)])
-def test_a_status_nobody_knows_stops_the_run(attempts: tuple[Attempt, ...]) -> None:
-    error = error_of(seen("half-applied", view(5, *attempts)))
+def test_a_status_nobody_knows_stops_the_run_unless_it_may_have_begun() -> None:
+    error = error_of(seen("half-applied", view(5)))
     assert isinstance(error, Unsafe)
     assert "'half-applied'" in str(error)
+    for attempt in (INTERRUPTED, ACCEPTED):
+        waiting = seen("half-applied", view(119, attempt))
+        assert isinstance(waiting, NotYet)
+        assert not waiting.act
+        assert "'half-applied', which this version does not know" in waiting.why
+        assert isinstance(error_of(seen("half-applied", view(120, attempt))), Unsafe)
 
 
 def test_no_situation_asks_to_act_while_the_update_may_be_running() -> None:
