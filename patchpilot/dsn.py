@@ -72,6 +72,19 @@ def refusal(dsn: str) -> str:
     return "" if tried else " ".join(re.sub(r'"[^"]*"', "...", said).split())
 
 
+def readable_dsn(dsn: str) -> str:
+    """``dsn``, if libpq can read it. Its own complaint would quote the password.
+
+    :raises Usage: it cannot, or would not try it.
+    """
+    name = "the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES)"
+    if not is_readable(dsn):
+        raise Usage(f"{name} {MALFORMED}")
+    if why := refusal(dsn):
+        raise Usage(f"{name} has a value that libpq does not take: {why}")
+    return dsn
+
+
 def readable_endpoint(url: str, name: str, *, somewhere: bool = True) -> str:
     """``url``, if it is one of a Valkey database. A complaint must not quote it: it may hold the AUTH token.
 

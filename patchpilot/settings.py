@@ -27,9 +27,10 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from patchpilot.dsn import MALFORMED, is_readable, readable_endpoint, refusal
+from patchpilot.dsn import readable_dsn, readable_endpoint
 from patchpilot.durations import ago, as_duration, long_enough_to_be_dead, parse_duration
 from patchpilot.errors import Usage
+from patchpilot.legible import illegible
 
 DEFAULT_FILE = Path("patchpilot.toml")
 
@@ -239,7 +240,7 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    environment: str = "default"
+    environment: Filled = "default"
     reports: Path = Path("reports")
     postgres: Postgres = Postgres()
     aws: Aws = Aws()
@@ -248,6 +249,13 @@ class Settings(BaseSettings):
     purge: Purge = Purge()
     celery: Celery = Celery()
     clusters: dict[str, Cluster] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _legible(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if key := illegible(values):
+            raise ValueError(f"{key}: has a character in it that nobody can see (a control character): write it anew")
+        return values
 
     @model_validator(mode="after")
     def _grace_leaves_something(self) -> Self:
@@ -298,7 +306,7 @@ class Settings(BaseSettings):
         """
         if self.postgres.dsn is None or not self.postgres.dsn.get_secret_value():
             raise Usage("no PostgreSQL DSN: set postgres.dsn in the configuration file or PATCHPILOT_POSTGRES")
-        return _readable_dsn(self.postgres.dsn.get_secret_value())
+        return readable_dsn(self.postgres.dsn.get_secret_value())
 
     def endpoint(self, name: str) -> str:
         """The URL of the primary endpoint of the cluster called ``name``.
@@ -328,16 +336,6 @@ def _refuse_too_long(grace: timedelta, max_age: timedelta) -> None:
             f"runbook.grace {ago(grace)} must be below recovery.max_age {ago(max_age)}: what a failover lost would be "
             "too old for recovery when the grace ends"
         )
-
-
-def _readable_dsn(dsn: str) -> str:
-    """``dsn``, if libpq can read it. Its own complaint would quote the password."""
-    name = "the PostgreSQL DSN (postgres.dsn, PATCHPILOT_POSTGRES)"
-    if not is_readable(dsn):
-        raise Usage(f"{name} {MALFORMED}")
-    if why := refusal(dsn):
-        raise Usage(f"{name} has a value that libpq does not take: {why}")
-    return dsn
 
 
 def load(path: Path | None = None) -> Settings:

@@ -124,7 +124,8 @@ class Step(ABC):
     def intend(self, view: View) -> Data:
         """The baseline, journalled before anything else: what the world looked like before this step.
 
-        ``view.intent`` is the one before, if there was one.
+        ``view.intent`` is the one before, if there was one, and ``view.attempts`` are those made since: they are
+        forgotten with it.
 
         :raises Transient: when the world could not be read; the runner tries again.
         """

@@ -175,7 +175,10 @@ class Runner:
         redraw = step.effect is Effect.OBSERVABLE and not self._touched(step.name)
         if record.intent is None or record.reached is not None or redraw:
             now, before = self._clock.now(), record.intent.data if record.intent else {}
-            blank = View(self._journal.run_id, now, self._record.facts(), since=now, intent=before)
+            blank = View(
+                self._journal.run_id, now, self._record.facts(), since=now, intent=before,
+                attempts=tuple(record.attempts),
+            )  # fmt: skip
             self._write(Kind.INTENDED, phase.name, step.name, self._patiently(phase, step, lambda: step.intend(blank)))
 
     def _turn(self, phase: Phase, step: Step) -> bool:

@@ -41,7 +41,7 @@ def other_goal(desk: Desk, view: View) -> Goal | None:
     standing = kind.standing(baseline(trigger, rotated(view.facts)), sight, tried=True)
     holds, evidence = kind.proof(standing, aborted=aborted)
     if aborted and standing.sign is Sign.UNKNOWN:
-        # It was unlisted for long already when it was given up, and may stay so.
+        # AWS has not said what it is for long already when it was given up, and may never do so.
         holds, evidence = sight.calm, f"{evidence}; the group is {sight.group.status}"
     name = "operation-stopped" if aborted else "operation-complete"
     return Goal(Claim(name, holds, evidence), standing.sign)

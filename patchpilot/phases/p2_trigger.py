@@ -68,6 +68,7 @@ class Apply(Step):
             "members": [member.node for member in sight.group.members],
             **self._operation.baseline(aim, sight),
             **_seen_to_stop(view.intent, sight),
+            **_refused(view),
         }
 
     def observe(self, view: View) -> Observation:
@@ -157,14 +158,15 @@ def look(view: View, at: Standing, runbook: Runbook, kind: Operation) -> Observa
 
 
 def _not_started(view: View, at: Standing, settle: timedelta, settles: int, bound: timedelta) -> Observation:
-    last = view.attempts[-1] if view.attempts else None
-    if last is None or (last.refused and last.at < view.since):
+    last = view.attempts[-1] if view.attempts else _refused_before(view)
+    if last is None:
         return NotYet(f"it is {at.status}", act=True)
+    # Whoever takes the run up may be on a host whose clock is ahead of the one that dated the request.
+    asked = min(max(last.at, view.since), last.at + ASTRAY)
     if last.refused:
-        return _after_refusal(view, last, settle)
+        return _after_refusal(view, last, asked, at, settle)
     if last.interrupted:
-        # Whoever takes the run up may be on a host whose clock is ahead of the one that dated the request.
-        until = min(max(last.at, view.since), last.at + ASTRAY) + settles * settle
+        until = asked + settles * settle
         if view.now < until:
             return NotYet(f"{_request(last)}; does AWS show it?", until=until)
         return _wait(view, bound, f"{_request(last)} and AWS shows nothing of it", act=True)
@@ -191,16 +193,19 @@ def give_up(view: View, at: Standing, runbook: Runbook, request: Request) -> Obs
     return Reached(fact, say=f"given up: {request}; AWS did not show that it began")
 
 
-def _after_refusal(view: View, last: Attempt, settle: timedelta) -> Observation:
-    """Somebody else may have been quicker: then AWS shows it soon. What was only too much at once is tried again."""
+def _after_refusal(view: View, last: Attempt, asked: datetime, at: Standing, settle: timedelta) -> Observation:
+    """It may run all the same: then AWS shows it soon, whoever asks. What was only too much at once is tried again, and
+    so is everything by whoever starts the run again: not before AWS has had its time, either."""
     outcome = last.outcome or {}
     refusal = outcome.get("refused", "")
-    if outcome.get("again") and view.now >= last.at + settle:
+    if outcome.get("again") and view.now >= asked + settle:
         return _wait(view, ACKNOWLEDGED * settle, refusal, act=True)
     # AWS's words are free text, so nothing rests on them but how long to look for what they say.
     patience = ACKNOWLEDGED * settle if "already" in refusal.lower() else settle
-    if view.now < last.at + patience:
-        return NotYet(f"AWS refused ({refusal}); does it run all the same?", until=last.at + patience)
+    if view.now < asked + patience:
+        return NotYet(f"AWS refused ({refusal}); does it run all the same?", until=asked + patience)
+    if not view.attempts or last.at < view.since:
+        return NotYet(f"it is {at.status}", act=True)
     return Contradicted(NeedsOperator(f"AWS refuses to start it: {refusal}"))
 
 
@@ -269,6 +274,18 @@ def _seen_to_stop(earlier: Data, sight: Sight) -> Data:
     if action is None or action.status != UpdateStatus.STOPPED or earlier["status"] in {None, UpdateStatus.STOPPED}:
         return {}
     return {"status": earlier["status"]}
+
+
+def _refused(view: View) -> Data:
+    """What stays of a refusal when the baseline is drawn anew: AWS may have started it all the same."""
+    last = view.attempts[-1] if view.attempts else _refused_before(view)
+    return {"refused": {"at": noted(last.at), "outcome": dict(last.outcome or {})}} if last else {}
+
+
+def _refused_before(view: View) -> Attempt | None:
+    """The last request before the baseline was drawn: AWS refused it, or the baseline would be an older one."""
+    note = view.intent.get("refused")
+    return Attempt(moment(note["at"]), note["outcome"]) if note else None
 
 
 def _starts(seen: Observation) -> bool:

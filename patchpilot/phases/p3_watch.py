@@ -198,14 +198,18 @@ def wind_down(
     :param given_up: whether AWS cannot stop it: then it rests when nothing has come of it for long.
     """
     seen = followed.note()
+    in_unknown_words = at.sign is Sign.UNKNOWN and at.status is not None
+    going_on = in_unknown_words or (at.sign is Sign.RUNNING and at.status != UpdateStatus.STOPPING)
+    asks = going_on and view.intent["update"] and _ask_again(view, runbook)
+    if in_unknown_words and asks:
+        return NotYet(followed.line(at), act=True, seen=seen)
     resting = at.sign in RESTING | {Sign.UNKNOWN} and sight.group.available
     if resting or (given_up and at.sign is Sign.RUNNING and at.calm):
         confirmed = followed.since(view.now) + (_rests(view, at, runbook) if resting else runbook.quiet)
         if view.now >= confirmed:
             return Reached({**_end(view, sight, seen, at), "needed": True, "attempts": len(view.attempts)})
         return NotYet(f"{followed.line(at)}; waiting to be sure that it has stopped", until=confirmed, seen=seen)
-    going_on = at.sign is Sign.RUNNING and at.status != UpdateStatus.STOPPING
-    if going_on and view.intent["update"] and _ask_again(view, runbook):
+    if asks:
         return NotYet(followed.line(at), act=True, seen=seen)
     error = stalled(view, at, followed, runbook)
     return Contradicted(error, seen) if error else NotYet(followed.line(at), seen=seen)

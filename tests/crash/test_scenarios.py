@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from patchpilot.engine.journal import Kind
 from patchpilot.lab import scenario as scenarios
 from tests.crash.killing import Kill, Side
 from tests.crash.matrix import End, Rehearsal
@@ -66,6 +67,15 @@ def test_some_crashes_of_each_scenario(tmp_path: Path, name: str) -> None:
     for cell in random.sample(list(cells(written)), SAMPLE):
         rehearsal, death = crash(name, tmp_path, cell)
         assert rehearsal.end() == calm, death
+
+
+def test_a_kill_after_a_refusal_leads_to_no_second_request(tmp_path: Path) -> None:
+    """AWS has started it all the same, and does not show that yet when the run is taken up again."""
+    name = "unprocessed-but-started-late"
+    rehearsal = Rehearsal(scenarios.read(scenarios.find(name)), tmp_path / "calm")
+    rehearsal.settle()
+    [refused] = [it.seq for it in rehearsal.journal.entries() if it.kind is Kind.ACTED and it.step == "trigger"]
+    crash(name, tmp_path, (refused, Side.AFTER))
 
 
 @pytest.mark.slow

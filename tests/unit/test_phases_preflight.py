@@ -235,6 +235,29 @@ def test_replication_as_a_replica_sees_it(situation: Situation) -> None:
     assert verdicts(replace(situation, members=silent))["replication"] is Verdict.PASS
 
 
+def test_which_replica_is_missing_is_said_by_name_if_aws_knows_the_address(situation: Situation) -> None:
+    def evidence(*addresses: str, **change: Any) -> str:
+        listed = tuple(Replica(address, "online", 0, 0) for address in addresses)
+        check = only(replace(situation, endpoint=Report("primary", 0, replicas=listed), **change), "replication")
+        assert check.verdict is Verdict.BLOCK
+        return check.evidence
+
+    one, two, three = NAMES
+    assert evidence(f"{two}.test:6379") == (
+        f"1 of 2 replicas online; {two}.test:6379 online, 0 bytes behind, silent for 0 s; "
+        f"{three} is missing: the primary does not list it"
+    )
+    assert evidence() == "0 of 2 replicas online; " + "; ".join(
+        f"{name} is missing: the primary does not list it" for name in (two, three)
+    )
+    inside = "10.0.0.2:6379"  # which AWS does not tell
+    assert evidence(inside).endswith("silent for 0 s")
+    silent = {**situation.members, two: "no route"}
+    assert evidence(inside, members=silent).endswith(f"; {two} cannot be asked: no route")
+    unheard = dict.fromkeys(NAMES, "no route")
+    assert one not in evidence(f"{two}.test:6379", members=unheard)
+
+
 def test_a_schema_that_is_out_of_date(situation: Situation) -> None:
     check = only(replace(situation, schema="at migration 0001, needs 0002"), "schema")
     assert (check.verdict, check.mend) == (Verdict.BLOCK, "patchpilot db migrate")

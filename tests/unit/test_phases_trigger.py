@@ -197,6 +197,29 @@ def test_a_refusal_is_forgotten_once_somebody_has_started_the_run_again() -> Non
     assert retry.act
 
 
+@pytest.mark.parametrize("redrawn", [False, True])
+@pytest.mark.parametrize(("words", "settles"), [("InvalidState: no", 1), ("It has already been applied", ACKNOWLEDGED)])
+def test_whoever_starts_a_refused_run_again_waits_for_what_aws_may_still_show(
+    words: str, settles: int, redrawn: bool
+) -> None:
+    """It may have started all the same; nobody knows how long whoever was refused has looked for that."""
+
+    def again(now: float, since: float) -> Observation:
+        refused = Attempt(NOON, {"refused": words})
+        if not redrawn:
+            return seen("not-applied", view(now, refused, since=since))
+        at = view(now, since=since)
+        note = {"at": NOON.isoformat(), "outcome": refused.outcome}
+        return seen("not-applied", replace(at, intent={**at.intent, "refused": note}))
+
+    for later in (0.2, settles - 0.1):
+        waiting = again(0.1 + later, since=0.1)
+        assert isinstance(waiting, NotYet)
+        assert (waiting.act, waiting.until) == (False, minutes(0.1 + settles))
+    assert acts(again(0.1 + settles, since=0.1))
+    assert acts(again(600, since=600))  # long ago: AWS has had its time
+
+
 def test_absent_is_unknown_and_not_for_ever() -> None:
     assert isinstance(judged(view(119), None), NotYet)
     assert isinstance(error_of(judged(view(120), None)), Unsafe)
@@ -275,11 +298,16 @@ def test_a_superseded_update_is_nothing_to_do_unless_it_may_have_begun() -> None
     assert "patchpilot stop" in str(error)
 
 
-@pytest.mark.parametrize("attempts", [(), (INTERRUPTED,)])
-def test_a_status_nobody_knows_stops_the_run(attempts: tuple[Attempt, ...]) -> None:
-    error = error_of(seen("half-applied", view(5, *attempts)))
+def test_a_status_nobody_knows_stops_the_run_unless_it_may_have_begun() -> None:
+    error = error_of(seen("half-applied", view(5)))
     assert isinstance(error, Unsafe)
     assert "'half-applied'" in str(error)
+    for attempt in (INTERRUPTED, ACCEPTED):
+        waiting = seen("half-applied", view(119, attempt))
+        assert isinstance(waiting, NotYet)
+        assert not waiting.act
+        assert "'half-applied', which this version does not know" in waiting.why
+        assert isinstance(error_of(seen("half-applied", view(120, attempt))), Unsafe)
 
 
 def test_no_situation_asks_to_act_while_the_update_may_be_running() -> None:

@@ -205,6 +205,34 @@ def test_an_update_that_was_superseded_on_the_way_stops_the_run() -> None:
     assert "patchpilot stop" in str(again.error)
 
 
+def test_a_status_that_nobody_knows_is_watched_until_it_takes_too_long() -> None:
+    odd = action("half-applied", "complete", "half-applied")
+    once, again = twice(odd, apart=40)
+    for made in (once, again):
+        assert isinstance(made, NotYet)
+        assert made.why.startswith("AWS reports the update as 'half-applied', which this version does not know; group")
+    assert isinstance(again, NotYet)
+    assert isinstance(looked(watch(51, dict(again.seen)), DONE, group()), Reached)
+    stalled = looked(watch(120, dict(again.seen)), odd, group())
+    assert isinstance(stalled, Contradicted)
+    assert "has been worked on" in str(stalled.error)
+
+
+def test_what_is_in_a_status_that_nobody_knows_is_stopped_all_the_same() -> None:
+    view = replace(watch(10), intent={"update": "u"}, facts={**TRIGGERED, "watch": {"rotation": START.note()}})
+    for status in ("available", "modifying"):
+        sight = Sight(view.now, group(status), (action("half-applied", "complete", "half-applied"),))
+        at = SERVICE_UPDATE.standing({"update": "u", "begun": True}, sight, tried=True)
+        followed = Followed.of({"rotation": START.note()}).follow(at, sight)
+        made = p3_watch.wind_down(view, at, sight, followed, RULES)
+        assert isinstance(made, NotYet)
+        assert made.act
+        asked = replace(view, attempts=(Attempt(view.now, {"status": "half-stopped"}),))
+        waiting = p3_watch.wind_down(asked, at, sight, followed, RULES)
+        assert isinstance(waiting, NotYet)
+        assert not waiting.act
+
+
 def test_a_reason_to_stop_ends_the_watch_with_what_it_saw() -> None:
     going = action("in-progress", "in-progress", "complete")
     end = looked(watch(10), going, group(), stop={"why": "too much is stuck", "by": "patchpilot"})

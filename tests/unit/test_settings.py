@@ -145,6 +145,17 @@ def test_the_labs_configuration_is_the_one_that_lab_up_writes() -> None:
                 ("period = '2d'", "period: is no period of CloudWatch"),
             )
         ),
+        (r'environment = "a\u0000b"', "bad.toml: environment: has a character in it that nobody can see"),
+        (r'reports = "a\u0000b"', "reports: has a character in it that nobody can see"),
+        (r'environment = "a\nb"', "environment: has a character"),
+        (r'reports = "a\u0085b"', "reports: has a character"),
+        (r'aws.profile = "a\u007f"', "aws.profile: has a character"),
+        (r'celery.accept_content = ["json", "a\u0001"]', "celery.accept_content: has a character"),
+        (r'celery.sep = "\u0000"', "celery.sep: has a character"),
+        (r'postgres.dsn = "host=h\u0000password=hunter2"', "postgres.dsn: has a character"),
+        (r'clusters."a\u0000".role = "broker"', r"clusters.a\x00: has a character"),
+        ("environment = ''", "environment: String should match"),
+        ("environment = ' '", "environment: String should match"),
         ("this is not toml", "not valid TOML"),
         ("postgres = 'x'", "postgres: Input should be"),
     ],
@@ -169,6 +180,22 @@ def test_a_bad_file_gets_one_line_with_the_file_and_the_key(tmp_path: Path, text
 )  # fmt: skip
 def test_statistics_of_cloudwatch(statistic: str) -> None:
     assert Metric(namespace="n", name="m", above=1, statistic=statistic).statistic == statistic
+
+
+def test_control_characters_where_they_belong(tmp_path: Path) -> None:
+    path = tmp_path / "patchpilot.toml"
+    path.write_text('celery.sep = "\\u0006\\u0016"\n[postgres]\ndsn = """\nhost=h\n\tdbname=d\n"""\n')
+    settings = load(path)
+    assert settings.celery.sep == "\x06\x16"
+    assert "dbname=d" in settings.postgres_dsn()
+
+
+@pytest.mark.parametrize("value", ["", "a\x01", "a\udcff"])
+def test_an_environment_that_is_no_name(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PATCHPILOT_ENVIRONMENT", value)
+    with pytest.raises(Usage, match=r"environment: ") as caught:
+        load(ROOT / "config/lab.toml")
+    assert caught.value.exit_code == 2
 
 
 def test_another_grace_of_the_command_line_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

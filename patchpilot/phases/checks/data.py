@@ -53,11 +53,26 @@ def _replication(at: Situation) -> Judgement:
     ]
     broken = [f"{node} says its link is down" for node, said in at.members.items() if _link_down(said)]
     online = [replica for replica in at.endpoint.replicas if replica.state == "online"]
-    evidence = "; ".join(lagging + broken) or "the primary lists no replica"
-    if broken or len(online) < len(at.group.members) - 1:
+    wanted = len(at.group.members) - 1
+    missing = _missing(at, {replica.address for replica in at.endpoint.replicas}) if len(online) < wanted else []
+    evidence = "; ".join([f"{len(online)} of {wanted} replicas online", *lagging, *missing, *broken])
+    if broken or len(online) < wanted:
         return Verdict.BLOCK, evidence
     slow = [r for r in online if at.endpoint.offset - r.offset > MOST_LAG or r.silence > MOST_SILENCE]
     return prefer(not slow, evidence)
+
+
+def _missing(at: Situation, listed: set[str]) -> list[str]:
+    """The replicas that the primary does not list, by name; or, where it lists addresses that AWS does not know, those
+    that cannot be asked."""
+    silent = {node: f"{node} cannot be asked: {said}" for node, said in at.members.items() if isinstance(said, str)}
+    known = {f"{member.host}:{member.port}": member.node for member in at.group.members}
+    if listed and not listed & known.keys():
+        return list(silent.values())
+    primaries = [node for node, said in at.members.items() if isinstance(said, Report) and said.role == "primary"]
+    absent = {node for address, node in known.items() if address not in listed}
+    absent.difference_update(primaries or filter(None, [at.group.primary]))
+    return [f"{node} is missing: the primary does not list it" for node in sorted(absent)]
 
 
 def _link_down(said: Report | str) -> bool:

@@ -87,7 +87,9 @@ def _sign(
         return Sign.READY, "", None
     if action.status == UpdateStatus.NOT_APPLICABLE:
         return Sign.IMPOSSIBLE, "", _superseded(action, tried=tried)
-    return Sign.IMPOSSIBLE, "", Unsafe(f"AWS reports the update as {action.status!r}, which this version does not know")
+    why = f"AWS reports the update as {action.status!r}, which this version does not know"
+    # AWS adds words without notice: whatever this one means, what has begun is watched to its end.
+    return (Sign.UNKNOWN, why, None) if tried else (Sign.IMPOSSIBLE, "", Unsafe(why))
 
 
 def _ran(action: UpdateAction, baseline: Data, *, tried: bool) -> bool:
