@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from typing import Any
 
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
@@ -115,7 +116,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         return isinstance(result, AsyncResult) and result._cache is None and result.backend is not self.backend
 
     def on_wait_for_pending(self, result: Any, timeout: float | None = None, **options: Any) -> None:
-        ends_at = math.inf if timeout is None else SYSTEM.monotonic() + timeout
+        ends_at = min(_end_of(timeout), self._inside.ends_at)
         with self._not_known_yet(ends_at):
             super().on_wait_for_pending(result, timeout=timeout, **options)
         self._inside.ends_at = ends_at  # Celery drains events next
@@ -123,7 +124,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     def drain_events_until(
         self, p: Any, timeout: float | None = None, on_interval: Callable[[], Any] | None = None
     ) -> Any:
-        ends_at = self._inside.ends_at
+        ends_at, self._inside.ends_at = self._inside.ends_at, math.inf
 
         def at_intervals() -> None:
             if on_interval is not None:
@@ -136,6 +137,19 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
             on_interval=at_intervals,
             wait=lambda timeout=None: self._drain(timeout, ends_at),
         )
+
+    def get(self, plain: Callable[..., Any], result: Any, timeout: float | None, *args: Any, **options: Any) -> Any:
+        """Celery's ``AsyncResult.get``, which asks how the parents stand before it waits."""
+        self._inside.ends_at = _end_of(timeout)
+        try:
+            return plain(result, timeout, *args, **options)
+        finally:
+            self._inside.ends_at = math.inf
+
+    def ask_parents(self, plain: Callable[[Any], None], result: Any) -> None:
+        """What it does for that, at the beginning and at intervals."""
+        with self._not_known_yet(self._inside.ends_at):
+            plain(result)
 
     @contextmanager
     def _not_known_yet(self, ends_at: float) -> Iterator[None]:
@@ -150,13 +164,14 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         self._drain(timeout, math.inf)
 
     def _drain(self, timeout: float | None, ends_at: float) -> None:
+        timeout = timeout and min(timeout, max(ends_at - SYSTEM.monotonic(), AT_ONCE))
         try:
             if not self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout)):
                 SYSTEM.sleep(min(timeout or 0.1, 0.1))
         finally:
             self._give_back()
         now = SYSTEM.monotonic()
-        if now - self._asked_at >= ASK_EVERY:
+        if self._asked_at + ASK_EVERY <= now < ends_at:
             self._asked_at = now
             self._ask(ends_at)
 
@@ -191,3 +206,36 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
         finally:
             self._inside.calls -= 1
         return True
+
+
+def _end_of(timeout: float | None) -> float:
+    return math.inf if timeout is None else SYSTEM.monotonic() + timeout
+
+
+def _bound_results(get: Callable[..., Any], ask_parents: Callable[[Any], None]) -> None:
+    """Have our consumer stand around what ``AsyncResult`` does before it calls any backend's method for waiting."""
+
+    def consumer(result: Any) -> Any:
+        found = getattr(result.backend, "result_consumer", None)
+        return found if isinstance(found, ResultConsumer) else None
+
+    @wraps(get)
+    def bounded_get(self: Any, timeout: float | None = None, *args: Any, **options: Any) -> Any:
+        ours = consumer(self)
+        if ours is None:
+            return get(self, timeout, *args, **options)
+        return ours.get(get, self, timeout, *args, **options)
+
+    @wraps(ask_parents)
+    def calmly_ask_parents(self: Any) -> None:
+        ours = consumer(self)
+        if ours is None:
+            ask_parents(self)
+        else:
+            ours.ask_parents(ask_parents, self)
+
+    AsyncResult.get = AsyncResult.wait = bounded_get
+    AsyncResult._maybe_reraise_parent_error = calmly_ask_parents
+
+
+_bound_results(AsyncResult.get, AsyncResult._maybe_reraise_parent_error)

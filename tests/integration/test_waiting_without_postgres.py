@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+from celery import chain, chord
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.result import ResultSet
 
@@ -21,7 +22,7 @@ from patchpilot.postgres.connection import Database
 from tests.conftest import shop_on
 from tests.support.frozen import Freezable, freezable
 from tests.support.processes import Shop
-from tests.support.shop import app
+from tests.support.shop import add, app, total
 
 pytestmark = pytest.mark.backend
 
@@ -84,6 +85,19 @@ def test_whoever_begins_to_wait_hears_of_the_timeout(
 
 
 @patient
+@pytest.mark.parametrize("of", ["chord", "chain"])
+def test_the_parents_of_a_result_are_not_asked_for_longer(
+    here: Shop, postgres: Freezable, threads: ThreadPoolExecutor, of: str
+) -> None:
+    """Celery asks how they stand before it waits."""
+    parts = [add.s(1, 1), add.s(2, 2)]
+    awaited = (chord(parts, total.s()) if of == "chord" else chain(add.s(1, 1), add.s(2))).apply_async()
+    with postgres.frozen():
+        heard = threads.submit(awaited.get, timeout=1).exception(WAIT)
+    assert isinstance(heard, CeleryTimeoutError)
+
+
+@patient
 def test_whoever_waits_already_hears_of_the_timeout(
     here: Shop, postgres: Freezable, threads: ThreadPoolExecutor
 ) -> None:
@@ -97,7 +111,7 @@ def test_nobody_waits_as_long_as_another_thread_does(
     here: Shop, postgres: Freezable, threads: ThreadPoolExecutor
 ) -> None:
     """Who has more time holds the connection meanwhile."""
-    awaited, patient_one = waiter(threads)
+    awaited, patient_one = waiter(threads, timeout=2 * WAIT)
     with postgres.frozen():
         until(lambda: _is_busy(app.backend.database), seconds=WAIT, what="the patient one asked")
         heard = threads.submit(result().get, timeout=1).exception(WAIT)
