@@ -8,6 +8,7 @@ statements unless asked for), so a transaction pooler may stand in between.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import threading
@@ -38,6 +39,9 @@ QUIET = 2.0
 """Seconds for which nobody connects to a server that has just let somebody wait in vain: the threads of a process take
 turns, and the last of many must not wait for as often as there are threads."""
 
+LEAST = 1.0
+"""Seconds that PostgreSQL is always given, however short the time of whoever asks."""
+
 # Where PostgreSQL is reachable but will never accept us: class 28 (authorisation), 3D000 (no such database).
 _HOPELESS = ("28", "3D")
 _REFUSED_WORDS = (
@@ -45,6 +49,12 @@ _REFUSED_WORDS = (
 )  # fmt: skip
 _INVALID = re.compile(r"invalid (?:\w+ )?value")
 """libpq does not take a part of the DSN, or the server one of its settings."""
+
+
+class _Limit(threading.local):
+    """Until when this thread waits for PostgreSQL, or this greenlet."""
+
+    ends_at = math.inf
 
 
 class Database:
@@ -76,12 +86,29 @@ class Database:
         self._pid = os.getpid()
         self._gave_up_at: float | None = None
         self._quiet_until = 0.0
+        self._limit = _Limit()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Inside, this thread hears of a PostgreSQL that is away after about ``seconds``, if not before.
+
+        For budget and patience, and for its turn. Other threads wait as they would.
+        """
+        outer = self._limit.ends_at
+        self._limit.ends_at = min(outer, self._clock.monotonic() + seconds)
+        try:
+            yield
+        finally:
+            self._limit.ends_at = outer
+
+    def _left(self) -> float:
+        return max(self._limit.ends_at - self._clock.monotonic(), LEAST)
 
     def run(self, work: Callable[[Connection], T], *, pipelined: bool = False) -> T:
         """Do ``work`` in one transaction, again from the start if the connection is lost on the way.
@@ -102,7 +129,8 @@ class Database:
         return self._persistently(transact)
 
     def _persistently(self, work: Callable[[Connection], T]) -> T:
-        backoff = Backoff(self._clock, self._budget)
+        budget = min(self._budget, self._left())
+        backoff = Backoff(self._clock, budget)
         told = False
         while True:
             try:
@@ -113,14 +141,14 @@ class Database:
             except (psycopg.OperationalError, psycopg.InternalError) as error:
                 # Internal are a session that leads to a server which was demoted, or has just been promoted, and is
                 # read-only; and one that the server ended because a transaction took longer than it allows.
-                self._drop()
                 if _is_hopeless(error):
                     raise NeedsOperator(f"PostgreSQL refuses the connection: {_reason(error)}") from error
                 if not told:
-                    logger.info("PostgreSQL is away, trying again for %g s: %s", self._budget, _reason(error))
+                    logger.info("PostgreSQL is away, trying again for %g s: %s", budget, _reason(error))
                     told = True
-                if self._is_given_up() or not backoff.pause():
-                    self._gave_up_at = self._clock.monotonic()
+                if self._is_given_up() or not backoff.pause() or self._clock.monotonic() >= self._limit.ends_at:
+                    if budget == self._budget:  # nobody else has to be as hasty as this one
+                        self._gave_up_at = self._clock.monotonic()
                     raise Transient(f"PostgreSQL cannot be reached: {_reason(error)}") from error
             except (
                 psycopg.errors.UndefinedTable,
@@ -153,10 +181,25 @@ class Database:
     def _ours(self) -> Iterator[Connection]:
         if self._pid != os.getpid():
             self._after_fork()
-        with self._lock:
+        with self._turn():
             if self._connection is None or self._connection.closed:
                 self._connection = self._connected()
-            yield self._connection
+            self._connection.patience = min(self._patience, self._left())
+            try:
+                yield self._connection
+            except (psycopg.OperationalError, psycopg.InternalError):
+                self._drop()
+                raise
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        lock = self._lock
+        if not (lock.acquire() if math.isinf(self._left()) else lock.acquire(timeout=self._left())):
+            raise psycopg.OperationalError("other threads wait for it")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _connected(self) -> Connection:
         if not is_readable(self._dsn):
@@ -165,7 +208,7 @@ class Database:
             raise psycopg.OperationalError("it did not answer a moment ago")
         try:
             return session.connect(
-                self._dsn, patience=self._patience, prepare_threshold=self._prepare_after, clock=self._clock
+                self._dsn, timeout=self._left(), prepare_threshold=self._prepare_after, clock=self._clock
             )
         except psycopg.errors.ConnectionTimeout:
             self._quiet_until = self._clock.monotonic() + QUIET

@@ -92,10 +92,11 @@ def impatient(
         return done
 
 
-def connect(dsn: str, *, patience: float, prepare_threshold: int | None, clock: Clock) -> Connection:
+def connect(dsn: str, *, timeout: float, prepare_threshold: int | None, clock: Clock) -> Connection:
     """Open a session.
 
-    :param patience: see :class:`Connection`.
+    :param timeout: seconds that one attempt may take, if it is less than :data:`CONNECT_TIMEOUT`. libpq knows whole
+        ones, and takes two at least.
     :raises OperationalError: there is none to be had.
     """
     given = conninfo_to_dict(dsn)
@@ -105,11 +106,11 @@ def connect(dsn: str, *, patience: float, prepare_threshold: int | None, clock: 
     connection = Connection.connect(
         dsn,
         row_factory=dict_row,
-        connect_timeout=CONNECT_TIMEOUT,
+        connect_timeout=max(int(min(timeout, CONNECT_TIMEOUT)), 2),
         prepare_threshold=prepare_threshold,
         autocommit=True,
         application_name="patchpilot",
         **kernel,
     )
-    connection.patience, connection.clock = patience, clock
+    connection.clock = clock
     return connection

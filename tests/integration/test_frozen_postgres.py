@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 from celery import chord
+from celery.signals import task_postrun
 from kombu.exceptions import OperationalError
 
+from patchpilot.backend.config import MESSAGE_ID
 from patchpilot.clock import FakeClock
 from patchpilot.errors import Transient
 from patchpilot.lab.processes import until
@@ -133,6 +135,26 @@ def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable,
     assert result.get(timeout=WAIT) == 5
     assert note.delay(1).get(timeout=WAIT) == 1
     assert part.state == "SUCCESS"
+
+
+def test_a_task_whose_end_was_not_recorded_stays_in_the_outbox(hasty: Shop, postgres: Freezable) -> None:
+    """Also if PostgreSQL is back a moment later: what follows must not take it for recorded."""
+    sent = add.apply_async((1, 1), queue="nobody")
+    outbox = "SELECT message_id FROM patchpilot.outbox"
+    with Database(hasty.dsn) as database:
+        [row] = database.fetch(outbox)
+        add.push_request(id=sent.id, **{MESSAGE_ID: str(row["message_id"])})
+        try:
+            postgres.server.stop()  # frozen, it would carry out later what it was sent
+            try:
+                app.backend.mark_as_done(sent.id, 2, request=add.request)
+            finally:
+                postgres.server.start()
+            until(lambda: _answers(app.backend.database), seconds=WAIT, what="PostgreSQL was back")
+            task_postrun.send(sender=add, task_id=sent.id, task=add, state="SUCCESS", retval=2)
+        finally:
+            add.pop_request()
+        assert database.fetch(outbox) == [row]
 
 
 def test_a_worker_that_shuts_down_does_not_wait_for_it(hasty: Shop, postgres: Freezable) -> None:

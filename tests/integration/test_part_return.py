@@ -303,3 +303,18 @@ def test_postgresql_stays_away_for_longer_than_anybody_waits(outpost: Outpost) -
     assert held.result.get(timeout=WAIT) == 5
     written = [line for line in outpost.station.ledger() if not line.startswith("start ")]
     assert written == ["hold began", "hold ended"] * 2 + ["total 5"]
+
+
+@on(IN_POSTGRES)
+def test_an_error_that_nobody_foresaw_is_not_the_part_s(outpost: Outpost) -> None:
+    """The record of the callback is broken. The part has succeeded all the same, and its chord is left to recovery."""
+    held, database = Held(outpost), outpost.station.database
+    [whole] = database.fetch("SELECT callback FROM patchpilot.chord WHERE group_id = %s", [held.group_id])
+    write = "UPDATE patchpilot.chord SET callback = %s WHERE group_id = %s"
+    database.execute(write, [b"{", held.group_id])
+    held.end()
+    outpost.await_word(f"Chord {held.group_id} is left to recovery, from part {held.part.id} on")
+    outpost.await_word("succeeded in")
+    database.execute(write, [whole["callback"], held.group_id])
+    assert {applied.id for applied in recover(outpost)} == {held.group_id}
+    held.check(outpost)
