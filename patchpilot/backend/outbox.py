@@ -258,7 +258,7 @@ class Outbox:
             if dispatch.openings or dispatch.messages:
                 self._run(self._work(dispatch))
         except PatchpilotError as error:
-            if self._journal is Journal.REQUIRED:
+            if self._journal is Journal.REQUIRED or dispatch.openings:  # half a chord's protection is none
                 names = ", ".join(sorted({message.name for message in dispatch.messages})) or "chord"
                 raise OperationalError(f"{names} not published: {error}") from error
             logger.warning("Published without a record: %s", error)

@@ -24,7 +24,7 @@ from patchpilot.backend import outbox as outbox_module
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.recovery import Recovery, Site, Window
-from tests.conftest import forget_connections, shop_on
+from tests.conftest import shop_on
 from tests.support.processes import ROOT, Shop
 from tests.support.shop import add, app, note, total
 
@@ -117,11 +117,26 @@ def test_what_cannot_be_written_down_is_not_published(
                 canvas.apply_async(retry=False)
             assert "hunter2" not in str(refused.value)
         assert broker.llen("celery") == 0
-        monkeypatch.setitem(app.conf, "patchpilot_journal_messages", "warn")
-        forget_connections(app)
-        app.conf.update(patchpilot_postgres=nowhere)
-        add.apply_async((1, 1))
-        assert broker.llen("celery") == 1
+
+
+def test_a_chord_without_a_record_is_not_published_whatever_becomes_of_messages(
+    shop: Shop, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts would run, and nobody would call its callback, or tell."""
+    nowhere = f"postgresql://u@127.0.0.1:{free_port()}/x"
+    monkeypatch.setitem(app.conf, "patchpilot_postgres_budget", 0.2)
+    for journal in ("warn", False):
+        monkeypatch.setitem(app.conf, "patchpilot_journal_messages", journal)
+        with shop_on(shop.roster, shop.directory, shop.broker, nowhere, monkeypatch):
+            header = [add.s(1, 1), add.s(2, 2)]
+            inside = chord([chord(header, total.s()), add.s(3, 3)], total.s())
+            for canvas in (chord(header, total.s()), chord((it for it in header), total.s()), inside):
+                with pytest.raises(OperationalError, match="not published: PostgreSQL cannot be reached"):
+                    canvas.apply_async(retry=False)
+            assert broker.llen("celery") == 0
+            add.apply_async((1, 1))  # of a message that is no chord's, the setting says what becomes
+            assert broker.llen("celery") == 1
+            broker.delete("celery")
 
 
 def test_without_the_journal_only_callbacks_are_on_record(
