@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from patchpilot.lab.processes import until
 from patchpilot.recovery import Recovery, Site, Window
 from tests.conftest import shop_on
 from tests.support.processes import ROOT, Shop
-from tests.support.shop import add, app, note, total
+from tests.support.shop import add, app, note, relay, total
 
 pytestmark = pytest.mark.backend
 
@@ -156,15 +157,6 @@ def test_without_the_journal_only_callbacks_are_on_record(
     assert result.get(timeout=30) == 5
 
 
-@pytest.fixture
-def forbidden(broker: redis.Redis) -> Iterator[str]:
-    """A queue that the broker does not let anybody write to, until the test is over or says otherwise."""
-    allowed = ("~*celery*", "~unacked*", "~_kombu*", "~patchpilot.canary*")
-    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", *allowed)
-    yield "forbidden"
-    broker.execute_command("ACL", "SETUSER", "default", "allkeys")
-
-
 def test_a_header_that_could_not_be_pushed_is_marked_and_withdrawn(
     shop: Shop, recovery: Recovery, broker: redis.Redis, forbidden: str
 ) -> None:
@@ -191,6 +183,30 @@ def test_what_follows_a_task_that_succeeded_is_left_to_recovery_if_it_cannot_be_
     shop.worker("-Q", forbidden, "-c", "1")
     assert result.get(timeout=30) == 4
     assert shop.ledger() == ["add 1 1", "add 2 2", "end 4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"patchpilot_journal_messages": "warn"}, {"SHOP_POSTGRES": "postgresql://u@127.0.0.1:1/x"}),
+        ({"patchpilot_journal_messages": False}, {}),
+        ({}, {"SHOP_MODE": "shadow"}),
+    ],
+    ids=["warn", "off", "shadow"],
+)
+def test_a_task_hears_that_what_it_sends_cannot_be_pushed_if_nobody_would_send_it_later(
+    shop: Shop, forbidden: str, settings: dict[str, Any], environment: dict[str, str]
+) -> None:
+    """It is not on record, or it is only watched: there a task hears what it hears from Celery."""
+    settings = {"task_routes": {relay.name: {"queue": forbidden}}, "patchpilot_postgres_budget": 0.2, **settings}
+    worker = shop.worker("-c", "1", SHOP_SETTINGS=json.dumps(settings), **environment)
+    relay.delay("relay", 1)
+    ended = re.compile(rf"{relay.name}\[\S+\] (raised unexpected|succeeded)")
+    until(lambda: ended.search(worker.output()), seconds=60, what="the task had ended")
+    assert ended.findall(worker.output()) == ["raised unexpected"]
+    assert "on are left to recovery" not in worker.output()
+    if "SHOP_MODE" in environment:
+        until(lambda: fetch(shop, "SELECT FROM patchpilot.outbox") == [], seconds=60, what="it was withdrawn")
 
 
 PRODUCER = """
