@@ -45,14 +45,18 @@ E = TypeVar("E", bound=StrEnum)
 
 
 class Journal(StrEnum):
-    """``patchpilot_journal_messages``: what becomes of a message before it is published."""
+    """``patchpilot_journal_messages``: what becomes of a message before it is published.
+
+    Chords are written down whatever it says, with their members and their callbacks. Where that fails, no part of the
+    chord is published: without its record nobody would call its callback, and nobody would tell.
+    """
 
     REQUIRED = "required"
     """It is written down; if that fails, publishing fails. The default, also written ``True``."""
     WARN = "warn"
-    """It is written down; if that fails, it is published all the same, with a warning."""
+    """It is written down; if that fails, it is published all the same, with a warning; but no chord is."""
     OFF = "off"
-    """Only callbacks of chords are written down: a lost callback is what this backend is for. Also ``False``."""
+    """Only chords and their callbacks are written down: a lost callback is what this backend is for. Also ``False``."""
 
 
 class FenceMode(StrEnum):

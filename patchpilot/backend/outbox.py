@@ -218,8 +218,8 @@ class Outbox:
 
         :raises OperationalError: if it cannot be written down. Nothing is pushed then.
         """
-        self._write(dispatch)
-        self._push(dispatch, producer, leave=get_current_worker_task() is not None)
+        on_record = self._write(dispatch)
+        self._push(dispatch, producer, leave=on_record and get_current_worker_task() is not None)
 
     def abandon(self, dispatch: Dispatch, error: BaseException) -> None:
         """Publishing raised half-way. What was held back never leaves; its chords are on record as not published."""
@@ -253,23 +253,27 @@ class Outbox:
 
         return work
 
-    def _write(self, dispatch: Dispatch) -> None:
+    def _write(self, dispatch: Dispatch) -> bool:
+        """Write a dispatch down. Whether recovery may send it then: it only watches what is in shadow mode."""
+        written = True
         try:
             if dispatch.openings or dispatch.messages:
                 self._run(self._work(dispatch))
         except PatchpilotError as error:
-            if self._journal is Journal.REQUIRED:
+            if self._journal is Journal.REQUIRED or dispatch.openings:  # half a chord's protection is none
                 names = ", ".join(sorted({message.name for message in dispatch.messages})) or "chord"
                 raise OperationalError(f"{names} not published: {error}") from error
             logger.warning("Published without a record: %s", error)
+            written = False
         dispatch.opened += [opening.group_id for opening in dispatch.openings]
         dispatch.openings.clear()
+        return written and not self._shadow
 
     def _push(self, dispatch: Dispatch, producer: Any, *, leave: bool) -> None:
-        """Push what is on record.
+        """Push a dispatch.
 
-        :param leave: to recovery, whatever cannot be pushed. For whoever has no caller that could try again: a task
-            that has ended must not become a failure because the next one's message could not be pushed.
+        :param leave: to recovery, whatever is on record and cannot be pushed. For whoever has no caller that could try
+            again: a task that has ended must not become a failure because the next one's message could not be pushed.
         """
         messages, dispatch.messages = dispatch.messages, []
         for number, message in enumerate(messages):

@@ -186,9 +186,9 @@ class ShadowOutbox(Outbox):
     """Written by producers and workers, each in its own time."""
 
     def publish(self, message: Message, producer: Any) -> None:
+        super().publish(message, producer)
         if message.callback_of is not None:
             _dispatched.add(message.callback_of)
-        super().publish(message, producer)
 
     def end(self, message_id: str) -> None:
         def write(connection: Connection) -> None:

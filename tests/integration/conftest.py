@@ -38,6 +38,15 @@ def broker(shop: Shop) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
+def forbidden(broker: redis.Redis) -> Iterator[str]:
+    """A queue that the broker does not let anybody write to, until the test is over or says otherwise."""
+    allowed = ("~*celery*", "~unacked*", "~_kombu*", "~patchpilot.canary*")
+    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", *allowed)
+    yield "forbidden"
+    broker.execute_command("ACL", "SETUSER", "default", "allkeys")
+
+
+@pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
     """The key prefix of the application that ``recovery`` looks after. Parametrise a test indirectly to choose."""
     return str(getattr(request, "param", ""))

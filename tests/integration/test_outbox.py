@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ from patchpilot.backend import outbox as outbox_module
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.recovery import Recovery, Site, Window
-from tests.conftest import forget_connections, shop_on
+from tests.conftest import shop_on
 from tests.support.processes import ROOT, Shop
-from tests.support.shop import add, app, note, total
+from tests.support.shop import add, app, note, relay, total
 
 pytestmark = pytest.mark.backend
 
@@ -117,11 +118,26 @@ def test_what_cannot_be_written_down_is_not_published(
                 canvas.apply_async(retry=False)
             assert "hunter2" not in str(refused.value)
         assert broker.llen("celery") == 0
-        monkeypatch.setitem(app.conf, "patchpilot_journal_messages", "warn")
-        forget_connections(app)
-        app.conf.update(patchpilot_postgres=nowhere)
-        add.apply_async((1, 1))
-        assert broker.llen("celery") == 1
+
+
+def test_a_chord_without_a_record_is_not_published_whatever_becomes_of_messages(
+    shop: Shop, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts would run, and nobody would call its callback, or tell."""
+    nowhere = f"postgresql://u@127.0.0.1:{free_port()}/x"
+    monkeypatch.setitem(app.conf, "patchpilot_postgres_budget", 0.2)
+    for journal in ("warn", False):
+        monkeypatch.setitem(app.conf, "patchpilot_journal_messages", journal)
+        with shop_on(shop.roster, shop.directory, shop.broker, nowhere, monkeypatch):
+            header = [add.s(1, 1), add.s(2, 2)]
+            inside = chord([chord(header, total.s()), add.s(3, 3)], total.s())
+            for canvas in (chord(header, total.s()), chord((it for it in header), total.s()), inside):
+                with pytest.raises(OperationalError, match="not published: PostgreSQL cannot be reached"):
+                    canvas.apply_async(retry=False)
+            assert broker.llen("celery") == 0
+            add.apply_async((1, 1))  # of a message that is no chord's, the setting says what becomes
+            assert broker.llen("celery") == 1
+            broker.delete("celery")
 
 
 def test_without_the_journal_only_callbacks_are_on_record(
@@ -139,15 +155,6 @@ def test_without_the_journal_only_callbacks_are_on_record(
     assert [it.diagnosis for it in recovery.recover(NOW)] == ["callback-message-lost"]
     shop.worker("-Q", "callbacks", "-c", "1")
     assert result.get(timeout=30) == 5
-
-
-@pytest.fixture
-def forbidden(broker: redis.Redis) -> Iterator[str]:
-    """A queue that the broker does not let anybody write to, until the test is over or says otherwise."""
-    allowed = ("~*celery*", "~unacked*", "~_kombu*", "~patchpilot.canary*")
-    broker.execute_command("ACL", "SETUSER", "default", "resetkeys", *allowed)
-    yield "forbidden"
-    broker.execute_command("ACL", "SETUSER", "default", "allkeys")
 
 
 def test_a_header_that_could_not_be_pushed_is_marked_and_withdrawn(
@@ -176,6 +183,30 @@ def test_what_follows_a_task_that_succeeded_is_left_to_recovery_if_it_cannot_be_
     shop.worker("-Q", forbidden, "-c", "1")
     assert result.get(timeout=30) == 4
     assert shop.ledger() == ["add 1 1", "add 2 2", "end 4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"patchpilot_journal_messages": "warn"}, {"SHOP_POSTGRES": "postgresql://u@127.0.0.1:1/x"}),
+        ({"patchpilot_journal_messages": False}, {}),
+        ({}, {"SHOP_MODE": "shadow"}),
+    ],
+    ids=["warn", "off", "shadow"],
+)
+def test_a_task_hears_that_what_it_sends_cannot_be_pushed_if_nobody_would_send_it_later(
+    shop: Shop, forbidden: str, settings: dict[str, Any], environment: dict[str, str]
+) -> None:
+    """It is not on record, or it is only watched: there a task hears what it hears from Celery."""
+    settings = {"task_routes": {relay.name: {"queue": forbidden}}, "patchpilot_postgres_budget": 0.2, **settings}
+    worker = shop.worker("-c", "1", SHOP_SETTINGS=json.dumps(settings), **environment)
+    relay.delay("relay", 1)
+    ended = re.compile(rf"{relay.name}\[\S+\] (raised unexpected|succeeded)")
+    until(lambda: ended.search(worker.output()), seconds=60, what="the task had ended")
+    assert ended.findall(worker.output()) == ["raised unexpected"]
+    assert "on are left to recovery" not in worker.output()
+    if "SHOP_MODE" in environment:
+        until(lambda: fetch(shop, "SELECT FROM patchpilot.outbox") == [], seconds=60, what="it was withdrawn")
 
 
 PRODUCER = """

@@ -88,6 +88,15 @@ def test_what_gets_stuck_is_found_and_left_alone(shadow: None, shop: Shop) -> No
         assert broker.exists("nobody") == 0
 
 
+def test_a_callback_that_could_not_be_pushed_is_not_called_dispatched(shadow: None, shop: Shop, forbidden: str) -> None:
+    shop.worker("-c", "1", SHOP_SETTINGS='{"task_publish_retry": false}')
+    result = chord([add.s(1, 1)], total.s().set(queue=forbidden)).apply_async()
+    assert isinstance(result.get(timeout=30, propagate=False), ChordError)
+    parts = "SELECT count(*) FROM patchpilot.chord_part WHERE state IS NOT NULL"
+    until(lambda: fetch(shop, parts) == [(1,)], seconds=30, what="the part was on record")
+    assert fetch(shop, "SELECT state::text FROM patchpilot.chord") == [("open",)]
+
+
 @pytest.fixture(params=["closed", "silent"])
 def no_postgres(request: pytest.FixtureRequest) -> Iterator[str]:
     """The DSN of a PostgreSQL that refuses connections, or of one that accepts them and never says a word."""
