@@ -9,7 +9,8 @@ and both are asked. A reply that a worker has not read stays in its socket, wher
 a chord that is complete is finished by the worker of its last part, which runs that part's task until it has done so.
 What a producer has written down and not yet pushed is in no hands at all. While it pushes, the messages of its dispatch
 appear one by one; a producer that has stopped to do so is told from one that died only by the window's age. A message
-that was acknowledged when its task began is with neither broker nor producer, so workers say since when it runs.
+that was acknowledged when its task began is with neither broker nor producer, so workers say since when it runs; one
+whose task has ended as well was at work just now, whenever it was pushed.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ class Collector:
     ) -> tuple[Message, ...]:
         second = self._holdings(rows) if unseen else first
         still = self._still_there(unseen) if unseen else set()
-        appeared = {*second.queued, *second.unacked, *begun} - {*first.queued, *first.unacked}
+        ended = {row["message_id"] for row in unseen} - still
+        appeared = {*second.queued, *second.unacked, *begun, *ended} - {*first.queued, *first.unacked}
         pushing = {_dispatch(row) for row in unseen if row["message_id"] in appeared}
         found = []
         for row in rows:

@@ -175,6 +175,41 @@ def test_a_header_that_is_being_pushed_to_workers_that_take_it_at_once_is_left_t
     assert [shop.ledger().count(f"{label} began") for label in labels] == [1] * 4
 
 
+def test_a_header_whose_pushed_tasks_end_between_two_looks_is_left_to_its_producer(
+    shop: Shop, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were nowhere in the first look, and there is nothing to be seen of them in the second."""
+    went_on = threading.Semaphore(0)
+    push, ask = Message.push, Asking.ask
+
+    def step_by_step(self: Message, producer: object) -> None:
+        went_on.acquire(timeout=30)
+        push(self, producer)
+
+    def after_a_step(self: Asking, *args: object, **options: object) -> object:
+        answers = ask(self, *args, **options)  # type: ignore[arg-type]
+        went_on.release()
+        until(lambda: left() == 2, seconds=30, what="a task has come and gone")
+        return answers
+
+    def left() -> int:
+        return len(database.fetch("SELECT 1 FROM patchpilot.outbox"))
+
+    shop.worker("-c", "1")
+    with Database(shop.dsn) as database, monkeypatch.context() as patch:
+        patch.setattr(Message, "push", step_by_step)
+        header = chord([add.s(number, 0) for number in range(3)], total.s())
+        producing = threading.Thread(target=header.apply_async)
+        producing.start()
+        until(lambda: left() == 3, seconds=30, what="it is written down")
+        patch.setattr(Asking, "ask", after_a_step)
+        found = recovery.recover(NOW)
+        went_on.release(2)
+        producing.join()
+    shop.await_line("total 3")
+    assert found == ()
+
+
 def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(
     lab_roster: Roster, tmp_path: Path, migrated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
