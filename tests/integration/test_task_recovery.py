@@ -177,7 +177,7 @@ def test_a_chord_does_not_wait_for_what_has_expired_or_was_revoked(
 def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place(
     shop: Shop, recovery: Recovery, broker: redis.Redis
 ) -> None:
-    """Both of its messages at once; or one, where the other has run: the result of the task stands for both."""
+    """Both of its messages at once; or one, where the other has run: its result stays, and does not stand for both."""
     same, again = doomed(), add.s(2, 2).set(queue="elsewhere", expires=3600)
     same.freeze()
     again.freeze()
@@ -185,7 +185,7 @@ def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place
     broker.delete("elsewhere")
     assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
     assert failing.state == "FAILURE"
-    half = chord([again, again], note.s(label="half")).apply_async()
+    half = chord([again, again], note.s(label="half").on_error(mourn.s())).apply_async()
     broker.lpop("elsewhere")
     shop.worker("-c", "1", "-Q", "celery,elsewhere")
     with Database(shop.dsn) as database:
@@ -193,9 +193,29 @@ def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place
         until(lambda: database.fetch(left) == [{"count": 1}], seconds=30, what="the first had run")
         database.execute("UPDATE patchpilot.outbox SET expires = now()")
     assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(half.parent.id, "header-expired")]
-    shop.await_line("half [4, 4]")
+    assert half.state == "FAILURE"
     assert app.AsyncResult(again.id).state == "SUCCESS"
+    until(lambda: any("mourn ChordError" in line for line in shop.ledger()), seconds=30, what="its errback was called")
     until(lambda: recovery.survey(NOW) == (), seconds=30, what="there was nothing left to find")
+    assert not [line for line in shop.ledger() if line.startswith("half")]
+
+
+def test_of_a_task_that_is_in_a_header_twice_only_the_part_of_the_expired_message_is_ended(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    same = str(uuid4())
+    header = [doomed(task_id=same), add.s(2, 2).set(task_id=same), doomed(task_id=same, argsrepr="\0")]
+    waiting = chord(header, total.s()).apply_async()
+    broker.delete("elsewhere")
+    [applied] = recovery.recover(NOW)
+    assert (applied.id, applied.remedy) == (waiting.parent.id, "revoke-part")
+    with Database(shop.dsn) as database:
+        parts = database.fetch("SELECT state FROM patchpilot.chord_part ORDER BY position")
+        assert [part["state"] for part in parts] == ["REVOKED", None, "REVOKED"]
+    assert recovery.survey(NOW) == ()
+    shop.worker("-c", "1")
+    until(lambda: waiting.state == "FAILURE", seconds=30, what="the chord failed when the other task had run")
+    assert shop.ledger() == ["add 2 2"]
 
 
 def test_a_frozen_chord_that_is_sent_again_does_not_wait_for_what_has_expired(

@@ -220,10 +220,13 @@ RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key,
 UPDATE patchpilot.outbox SET pushes = pushes + 1 WHERE message_id = ANY(%(message_ids)s::uuid[])
 
 -- name: revoke
--- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it.
+-- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it. The
+-- part is recorded from the result; but the result of a task that is in the header more than once may be that of another
+-- message, so there the part is recorded here. Returns the chords of which one was.
 WITH gone AS (
     DELETE FROM patchpilot.outbox o
-    USING unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(metas)s::bytea[]) AS seen (message_id, resends, meta)
+    USING unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(metas)s::bytea[], %(payloads)s::bytea[])
+        AS seen (message_id, resends, meta, payload)
     WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
       AND EXISTS (
           SELECT FROM patchpilot.chord_part p
@@ -242,17 +245,34 @@ WITH gone AS (
               WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND same.position <> p.position
           )
       )
-    RETURNING o.task_id, o.recorded_at, seen.meta
+    -- By pattern: as JSON, PostgreSQL reads no header where another has a NUL. Inside a text its quotes would be escaped.
+    RETURNING o.group_id, o.task_id, o.recorded_at, seen.meta, seen.payload,
+              coalesce(substring(convert_from(o.headers, 'UTF8') FROM '"group_index": ?([0-9]+)')::int, 0) AS place
 ), latest AS (
     SELECT DISTINCT ON (task_id) * FROM gone ORDER BY task_id, recorded_at DESC
+), stored AS (
+    INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
+    SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
+    ON CONFLICT (task_id) DO UPDATE
+    SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+    -- What its other message came to stays; what it came to when it was sent before does not.
+    WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
+       OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
 )
-INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
-ON CONFLICT (task_id) DO UPDATE
-SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
--- What its other message came to stays; what it came to when it was sent before does not.
-WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
-   OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
+UPDATE patchpilot.chord_part p
+SET state = 'REVOKED', payload = gone.payload, returned_at = now()
+FROM gone
+WHERE p.group_id = gone.group_id AND p.task_id = gone.task_id AND p.state IS NULL
+  AND EXISTS (
+      SELECT FROM patchpilot.chord_part same
+      WHERE same.group_id = p.group_id AND same.task_id = p.task_id AND same.position <> p.position
+  )
+  -- As a worker returns it.
+  AND (p.position = gone.place OR NOT EXISTS (
+      SELECT FROM patchpilot.chord_part same
+      WHERE same.group_id = p.group_id AND same.position = gone.place AND same.task_id = p.task_id
+  ))
+RETURNING p.group_id
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here.
