@@ -238,9 +238,11 @@ class Collector:
         return ask(asking, message_ids, task_ids)
 
 
-def _dispatch(row: Row) -> tuple[Any, ...]:
-    """What was written down at once was sent by one process, one after the other."""
-    return row["group_id"] or row["message_id"], row["sent_at"], row["resends"]
+def _dispatch(row: Row) -> datetime:
+    """What was written down at once, in one transaction, is sent by one process, one after the other: a header with
+    those nested in it, the messages of a callback that is a group, what a recovery sends again."""
+    sent_at: datetime = row["sent_at"]
+    return sent_at
 
 
 def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, assume_lost: bool) -> bool:
