@@ -59,6 +59,17 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
     }  # fmt: skip
 
 
+def test_what_is_open_of_another_broker_is_not_called_well(shop: Shop) -> None:
+    add.delay(1, 1)
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.outbox SET broker = 'another:6379/0'")
+    for arguments in (("recover",), ("recover", "--dry-run")):
+        assert patchpilot(*arguments, "--config", configured(shop)).stderr.splitlines() == [
+            "nothing is stuck of what was looked at",
+            "not looked at: 0 open chords and 1 messages of another broker, another:6379/0",
+        ]
+
+
 def test_a_lost_message_of_a_chord_that_goes_on_is_not_too_old_to_be_looked_at(shop: Shop) -> None:
     result = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async()
     with redis.Redis.from_url(shop.broker) as broker, Database(shop.dsn) as database:
