@@ -209,8 +209,10 @@ class Collector:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
             refused = row["pushes"] >= RESENDS and not row["started"] and not assume_lost
             found.append(replace(_message(row, where, second), refused=refused))
-        if any(it.where in LOST for it in found):
-            self._broker.check_layout()
+        lost = [row for row, it in zip(rows, found, strict=True) if it.where in LOST]
+        if lost:
+            queues = {queue for row in lost for queue in queues_of(row)}
+            self._broker.check_layout(queues, {row["exchange"] for row in lost if row["exchange"]})
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -15,15 +14,12 @@ from celery.exceptions import ChordError
 from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
-from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Finding, Recovery, Site, Window
+from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
-from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
-from patchpilot.workers.application import site_of
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, later, mourn, note, total
 
@@ -95,27 +91,6 @@ def test_a_message_is_looked_for_where_it_was_sent_and_goes_back_there(
     assert len(recovery.recover(NOW)) == len(places)
     assert {place: ids(broker, place) for place in places} == places
     assert recovery.survey(NOW) == ()
-
-
-def test_queues_that_are_named_otherwise_are_known_by_their_names_or_nothing_is_called_lost(
-    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Celery's documentation proposes for priorities; and with a queue for two priorities only."""
-    monkeypatch.setitem(app.conf, "broker_transport_options", {"sep": ":", "priority_steps": [0, 5]})
-    queued = add.apply_async((1, 1), priority=6).id
-    assert ids(broker, "celery:5") == [queued]
-    with pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        recovery.recover(NOW)
-    with Housekeeping(Site(shop.broker, shop.dsn)) as misled, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        misled.adopt()
-    with Recovery(replace(site_of(app), sep="|")) as other, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        other.recover(NOW)
-    broker.sadd("_kombu.binding.celery", "celery\x06\x16\x06\x16celery")  # from before it was set
-    with Recovery(site_of(app)) as informed:
-        assert informed.survey(NOW) == ()
-        broker.delete("celery:5")
-        assert [it.id for it in informed.recover(NOW)] == [queued]
-    assert ids(broker, "celery:5") == [queued]
 
 
 def test_expired_and_revoked_tasks_do_not_come_back(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
