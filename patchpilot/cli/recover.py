@@ -197,7 +197,7 @@ def _once(
         return code
     _show(sweep, window, dry_run=dry_run)
     if not sweep.findings:
-        say(headline(sweep.quiet, kinds))
+        say(headline(sweep.quiet, kinds, elsewhere=bool(elsewhere)))
     for line in rest(sweep.findings, sweep.quiet, window, kinds):
         say(line)
     say_elsewhere(elsewhere)

@@ -9,7 +9,8 @@ and both are asked. A reply that a worker has not read stays in its socket, wher
 a chord that is complete is finished by the worker of its last part, which runs that part's task until it has done so.
 What a producer has written down and not yet pushed is in no hands at all. While it pushes, the messages of its dispatch
 appear one by one; a producer that has stopped to do so is told from one that died only by the window's age. A message
-that was acknowledged when its task began is with neither broker nor producer, so workers say since when it runs.
+that was acknowledged when its task began is with neither broker nor producer, so workers say since when it runs; one
+whose task has ended as well was at work just now, whenever it was pushed.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ class Collector:
     ) -> tuple[Message, ...]:
         second = self._holdings(rows) if unseen else first
         still = self._still_there(unseen) if unseen else set()
-        appeared = {*second.queued, *second.unacked, *begun} - {*first.queued, *first.unacked}
+        ended = {row["message_id"] for row in unseen} - still
+        appeared = {*second.queued, *second.unacked, *begun, *ended} - {*first.queued, *first.unacked}
         pushing = {_dispatch(row) for row in unseen if row["message_id"] in appeared}
         found = []
         for row in rows:
@@ -207,8 +209,10 @@ class Collector:
                 where = Where.REVOKED if row["task_id"] in hands.revoked else Where.NOWHERE
             refused = row["pushes"] >= RESENDS and not row["started"] and not assume_lost
             found.append(replace(_message(row, where, second), refused=refused))
-        if any(it.where in LOST for it in found):
-            self._broker.check_layout()
+        lost = [row for row, it in zip(rows, found, strict=True) if it.where in LOST]
+        if lost:
+            queues = {queue for row in lost for queue in queues_of(row)}
+            self._broker.check_layout(queues, {row["exchange"] for row in lost if row["exchange"]})
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:
@@ -236,9 +240,11 @@ class Collector:
         return ask(asking, message_ids, task_ids)
 
 
-def _dispatch(row: Row) -> tuple[Any, ...]:
-    """What was written down at once was sent by one process, one after the other."""
-    return row["group_id"] or row["message_id"], row["sent_at"], row["resends"]
+def _dispatch(row: Row) -> datetime:
+    """What was written down at once, in one transaction, is sent by one process, one after the other: a header with
+    those nested in it, the messages of a callback that is a group, what a recovery sends again."""
+    sent_at: datetime = row["sent_at"]
+    return sent_at
 
 
 def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, assume_lost: bool) -> bool:

@@ -64,12 +64,13 @@ STANDING = {
 """What is said of open chords that are no findings, by their diagnosis."""
 
 
-def headline(quiet: Quiet, kinds: Collection[Kind] = KINDS) -> str:
+def headline(quiet: Quiet, kinds: Collection[Kind] = KINDS, *, elsewhere: bool = False) -> str:
     """What to say where there is no finding.
 
     :param kinds: those that were asked for.
+    :param elsewhere: something is open of another broker, which nobody looked at.
     """
-    whole = set(kinds) == set(KINDS) and quiet.outside == quiet.messages_outside == Outside()
+    whole = set(kinds) == set(KINDS) and quiet.outside == quiet.messages_outside == Outside() and not elsewhere
     return "nothing is stuck" if whole else "nothing is stuck of what was looked at"
 
 

@@ -66,8 +66,8 @@ class Remedies:
         for finding in findings:
             by_remedy[finding.remedy].append(finding)
         interrupted = [*by_remedy[Remedy.RECORD_PART], *by_remedy[Remedy.REVOKE_PART]]
-        self._revoke(by_remedy[Remedy.REVOKE_PART], messages)
-        done = self._end_chords(by_remedy[Remedy.DISPATCH_CALLBACK], interrupted)
+        revoked = self._revoke(by_remedy[Remedy.REVOKE_PART], messages)
+        done = self._end_chords(by_remedy[Remedy.DISPATCH_CALLBACK], interrupted, revoked)
         ended = done
         while outwards and ended:
             ended = self._end_chords((), self._around(ended))
@@ -78,10 +78,15 @@ class Remedies:
 
     # -- chords -------------------------------------------------------------------------------------------------
 
-    def _end_chords(self, complete: Sequence[Finding], interrupted: Sequence[Finding]) -> list[Finding]:
+    def _end_chords(
+        self, complete: Sequence[Finding], interrupted: Sequence[Finding], revoked: Collection[str] = ()
+    ) -> list[Finding]:
         """Dispatch the complete ones; record the parts of the interrupted ones, which may complete them. If it does
-        not, their other parts go on as usual."""
-        recorded = self._record_parts(interrupted)
+        not, their other parts go on as usual.
+
+        :param revoked: those whose remedy is on record already.
+        """
+        recorded = self._record_parts(interrupted, revoked)
         finished = self._dispatch([*complete, *interrupted], recorded)
         return [*finished, *(finding for finding in interrupted if finding.id in recorded and finding not in finished)]
 
@@ -120,10 +125,10 @@ class Remedies:
             done += [by_id[group_id] for group_id in sorted(finished.done)]
         return done
 
-    def _record_parts(self, findings: Sequence[Finding]) -> set[str]:
+    def _record_parts(self, findings: Sequence[Finding], revoked: Collection[str]) -> set[str]:
         """Record the parts whose tasks have ended.
 
-        :returns: the chords of which one was recorded here.
+        :returns: the chords of which one was recorded, those in ``revoked`` included.
         """
         by_id = {finding.id: finding for finding in findings}
         if not by_id:
@@ -143,30 +148,41 @@ class Remedies:
 
         def write(connection: Connection) -> set[str]:
             recorded = {row["group_id"] for row in connection.execute(SQL["record_parts"], columns).fetchall()}
-            self._note(connection, [by_id[group_id] for group_id in sorted(recorded)])
+            self._note(connection, [by_id[group_id] for group_id in sorted(recorded.difference(revoked))])
             return recorded
 
-        return self._database.run(write) if parts else set()
+        return {*revoked, *(self._database.run(write) if parts else ())}
 
-    def _revoke(self, findings: Sequence[Finding], messages: Mapping[str, Message]) -> None:
+    def _revoke(self, findings: Sequence[Finding], messages: Mapping[str, Message]) -> set[str]:
         """End tasks as a worker does that meets them when they have expired or were revoked: their results say so.
 
-        Their parts are recorded from there; by a later recovery, if this one dies in between.
+        Their parts are recorded from there; by a later recovery, if this one dies in between. Those of a task that is
+        in the header more than once, whose result may be that of another message, are recorded at once.
+
+        :returns: the chords of which one was.
         """
         by_id = {finding.id: finding for finding in findings}
+        recorded: set[str] = set()
         for serializer, group_ids in self._by_serializer(by_id).items():
             backend = backend_of(self._app_for(serializer))
             lost = [messages[key] for group_id in group_ids for key in by_id[group_id].messages]
             dead = [it for it in lost if it.awaited and it.dead]
-            self._database.execute(
-                SQL["revoke"],
-                {
-                    "message_ids": [it.message_id for it in dead],
-                    "resends": [it.resends for it in dead],
-                    "metas": [backend.revoked(it.task_id, "expired" if it.expired else "revoked") for it in dead],
-                    "expires": backend.lifetime(REVOKED),
-                },
-            )
+            metas = [backend.revoked(it.task_id, "expired" if it.expired else "revoked") for it in dead]
+            columns = {
+                "message_ids": [it.message_id for it in dead],
+                "resends": [it.resends for it in dead],
+                "metas": metas,
+                "payloads": [_as_part(backend, meta)[1] for meta in metas],
+                "expires": backend.lifetime(REVOKED),
+            }
+
+            def write(connection: Connection, columns: Mapping[str, Any] = columns) -> set[str]:
+                ours = {row["group_id"] for row in connection.execute(SQL["revoke"], columns).fetchall()}
+                self._note(connection, [by_id[group_id] for group_id in sorted(ours)])
+                return ours
+
+            recorded |= self._database.run(write)
+        return recorded
 
     def _by_serializer(self, group_ids: Iterable[str]) -> dict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)

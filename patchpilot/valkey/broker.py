@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -196,23 +197,29 @@ class Broker:
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
-    def check_layout(self) -> None:
+    def check_layout(self, queues: Iterable[str] = (), exchanges: Iterable[str] = ()) -> None:
         """Make sure that queues are called here as we call them.
 
-        :raises NeedsOperator: if a binding shows that they are not.
+        :param queues: those that matter, with those bound to ``exchanges``.
+        :raises NeedsOperator: if a binding or a list shows that one is not.
         :raises Transient: if the broker cannot be read.
         """
         try:
             bound = [member for exchange in self._exchanges() for member in self._members(exchange)]
+            names = set(queues).union(*(self._bound(exchange) for exchange in exchanges))
+            # Of the time before an application set a separator, bindings with kombu's own are left.
+            ours, before = ({_queue(it, sep) for it in bound} - {None} for sep in (self._sep, SEPARATOR))
+            known = all(_queue(it, self._sep) or _queue(it, SEPARATOR) for it in bound)
+            known = known and bool(ours or not bound) and names & before <= ours
+            others = self._other_lists(names, names | ours | before) if known else []
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
-        # Of the time before an application set a separator, bindings with kombu's own are left.
-        known = all(member.count(self._sep) > 1 or member.count(SEPARATOR) > 1 for member in bound)
-        if not known or (bound and not any(member.count(self._sep) > 1 for member in bound)):
+        if not known or others:
             raise NeedsOperator(
                 "the queues of this broker are named with another separator than we know of, so that nothing can be "
                 "called lost: set celery.sep to the sep of the application's broker_transport_options; if it has none "
-                "any more, remove what is left of it from the sets _kombu.binding.*"
+                "any more, or had none before, remove what is left of "
+                + (f"that: the list {others[0]!r}" if others else "it from the sets _kombu.binding.*")
             )
 
     def close(self) -> None:
@@ -227,7 +234,19 @@ class Broker:
         return (member.decode() for member in members)
 
     def _bound(self, exchange: str) -> set[str]:
-        return {member.rsplit(self._sep, 1)[-1] for member in self._members(exchange)}
+        seps = {True: SEPARATOR, False: self._sep}
+        return {member.rsplit(seps[SEPARATOR in member], 1)[-1] for member in self._members(exchange)}
+
+    def _other_lists(self, queues: Collection[str], known: Collection[str | None]) -> list[str]:
+        """Lists that look like those of one of ``queues`` for a priority, by another separator than ours.
+
+        :param known: names that are those of queues.
+        """
+        keys = self._client.scan_iter(f"{self._prefix}*[1-9]", count=_CHUNK, _type="list")
+        names = {key.decode().removeprefix(self._prefix) for key in keys}.difference(known)
+        found = ((name, name.removeprefix(queue)[:-1]) for name in names for queue in queues if name.startswith(queue))
+        # What stands between the name and the priority; names that have a word more are those of other queues.
+        return sorted(name for name, sep in found if sep not in ("", self._sep) and not re.search(r"\w", sep))
 
     def _lists(self, queue: str) -> list[str]:
         """The keys of one queue's lists."""
@@ -258,6 +277,16 @@ class Broker:
             message, _exchange, _routing_key = json.loads(raw)
             if found := _message_id(message):
                 yield found, tag.decode()
+
+
+def _queue(binding: str, sep: str) -> str | None:
+    """The queue of a binding, if its parts are joined by ``sep``: routing key, pattern and queue. Only a topic exchange
+    has patterns. kombu cannot read a binding of which a part has its separator."""
+    if sep != SEPARATOR and SEPARATOR in binding:
+        return None
+    parts = binding.split(sep)
+    fits = len(parts) == len(("routing key", "pattern", "queue")) and re.fullmatch(r"|\^.*\$", parts[1])
+    return parts[-1] if fits else None
 
 
 def _message_id(message: dict[str, Any]) -> str | None:

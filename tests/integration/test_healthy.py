@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from celery import chord
+import redis
+from celery import chord, group
 
-from patchpilot.backend.message import Message
+from patchpilot.backend.message import Message, Part
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import Transient
 from patchpilot.lab.processes import until
@@ -24,7 +25,7 @@ from patchpilot.recovery import Applied, Recovery, Site, Window
 from patchpilot.workers.asking import Asking
 from tests.conftest import shop_on
 from tests.support.processes import Shop
-from tests.support.shop import add, hold, total
+from tests.support.shop import add, app, hold, note, total
 
 pytestmark = pytest.mark.backend
 
@@ -173,6 +174,84 @@ def test_a_header_that_is_being_pushed_to_workers_that_take_it_at_once_is_left_t
     shop.await_line("total 4")
     assert found == ()
     assert [shop.ledger().count(f"{label} began") for label in labels] == [1] * 4
+
+
+def test_a_header_whose_pushed_tasks_end_between_two_looks_is_left_to_its_producer(
+    shop: Shop, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were nowhere in the first look, and there is nothing to be seen of them in the second."""
+    went_on = threading.Semaphore(0)
+    push, ask = Message.push, Asking.ask
+
+    def step_by_step(self: Message, producer: object) -> None:
+        went_on.acquire(timeout=30)
+        push(self, producer)
+
+    def after_a_step(self: Asking, *args: object, **options: object) -> object:
+        answers = ask(self, *args, **options)  # type: ignore[arg-type]
+        went_on.release()
+        until(lambda: left() == 2, seconds=30, what="a task has come and gone")
+        return answers
+
+    def left() -> int:
+        return len(database.fetch("SELECT 1 FROM patchpilot.outbox"))
+
+    shop.worker("-c", "1")
+    with Database(shop.dsn) as database, monkeypatch.context() as patch:
+        patch.setattr(Message, "push", step_by_step)
+        header = chord([add.s(number, 0) for number in range(3)], total.s())
+        producing = threading.Thread(target=header.apply_async)
+        producing.start()
+        until(lambda: left() == 3, seconds=30, what="it is written down")
+        patch.setattr(Asking, "ask", after_a_step)
+        found = recovery.recover(NOW)
+        went_on.release(2)
+        producing.join()
+    shop.await_line("total 3")
+    assert found == ()
+
+
+def test_a_callback_that_is_a_group_is_left_to_who_dispatches_it(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on = threading.Semaphore(0)
+    push, ask = Message.push, Asking.ask
+
+    def step_by_step(self: Message, producer: object) -> None:
+        went_on.acquire(timeout=30)
+        push(self, producer)
+
+    def after_a_step(self: Asking, *args: object, **options: object) -> object:
+        answers = ask(self, *args, **options)  # type: ignore[arg-type]
+        went_on.release()
+        until(lambda: broker.llen("celery") == 1, seconds=30, what="the first of it is queued")
+        return answers
+
+    body = group(note.s(label=label) for label in "abc")
+    [part] = (header := chord([add.s(1, 1)], body).apply_async().parent).results
+    broker.delete("celery")
+    app.backend.store_result(part.id, 2, "SUCCESS")
+    app.backend.chords.return_part(Part(header.id, part.id, 0), "SUCCESS", 2)
+    with Database(shop.dsn) as database, monkeypatch.context() as patch:
+        database.execute("DELETE FROM patchpilot.outbox")
+        database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '1 min'")
+        database.execute("UPDATE patchpilot.chord_part SET returned_at = now() - interval '1 min'")
+        patch.setattr(Message, "push", step_by_step)
+        dispatching = threading.Thread(target=recover_beside, args=(shop,))
+        dispatching.start()
+        written = "SELECT 1 FROM patchpilot.outbox"
+        until(lambda: len(database.fetch(written)) == 3, seconds=30, what="it is written down")
+        patch.setattr(Asking, "ask", after_a_step)
+        found = recovery.recover(NOW)
+        went_on.release(2)
+        dispatching.join()
+    assert found == ()
+    assert broker.llen("celery") == 3
+
+
+def recover_beside(shop: Shop) -> None:
+    with Recovery(Site(shop.broker, shop.dsn)) as other:
+        other.recover(NOW)
 
 
 def test_if_the_broker_goes_away_between_the_two_looks_nothing_is_touched(

@@ -9,11 +9,12 @@ import pytest
 import redis
 from celery import chord
 
+from patchpilot.backend.message import Part
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.commands import configured, patchpilot
 from tests.support.processes import Shop
-from tests.support.shop import add, total
+from tests.support.shop import add, app, total
 
 pytestmark = pytest.mark.backend
 
@@ -58,6 +59,17 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
     }  # fmt: skip
 
 
+def test_what_is_open_of_another_broker_is_not_called_well(shop: Shop) -> None:
+    add.delay(1, 1)
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.outbox SET broker = 'another:6379/0'")
+    for arguments in (("recover",), ("recover", "--dry-run")):
+        assert patchpilot(*arguments, "--config", configured(shop)).stderr.splitlines() == [
+            "nothing is stuck of what was looked at",
+            "not looked at: 0 open chords and 1 messages of another broker, another:6379/0",
+        ]
+
+
 def test_a_lost_message_of_a_chord_that_goes_on_is_not_too_old_to_be_looked_at(shop: Shop) -> None:
     result = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async()
     with redis.Redis.from_url(shop.broker) as broker, Database(shop.dsn) as database:
@@ -70,3 +82,31 @@ def test_a_lost_message_of_a_chord_that_goes_on_is_not_too_old_to_be_looked_at(s
         look = recovery.look(Window(timedelta(0), timedelta(days=1)))
     [found] = look.findings
     assert (found.diagnosis, len(found.messages), look.quiet.messages_outside.old) == ("header-message-lost", 2, 0)
+
+
+def test_a_header_that_may_still_be_pushed_is_as_old_as_the_last_return_to_its_chord(
+    shop: Shop, broker: redis.Redis
+) -> None:
+    """Until a part has returned that was pushed later: what was lost before that one was lost."""
+    result = chord([add.s(number, 0) for number in range(4)], total.s()).apply_async().parent
+    first, lost, behind, _ = (it.id for it in result.results)
+    broker.delete("celery")
+    window = Window(min_age=timedelta(minutes=5))
+    with Database(shop.dsn) as database, Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        ago = "UPDATE patchpilot.{} = now() - interval '10 min'"
+        database.execute(ago.format("outbox SET recorded_at = now() - interval '1 h', sent_at"))
+        database.execute(ago.format("chord SET created_at"))
+        returned(result.id, first, 0)
+        young = recovery.look(window)
+        assert (young.findings, young.quiet.messages_outside.young) == ((), 4)
+        returned(result.id, behind, 2)
+        overtaken = recovery.look(window)
+        assert [(it.id, it.diagnosis) for it in overtaken.findings] == [(lost, "message-lost")]
+        assert overtaken.quiet.messages_outside.young == 2
+        database.execute(f"{ago.format('chord_part SET returned_at')} WHERE state IS NOT NULL")
+        [stuck] = recovery.survey(window)
+        assert (stuck.id, stuck.diagnosis, len(stuck.messages)) == (result.id, "header-message-lost", 2)
+
+
+def returned(group_id: str, task_id: str, position: int) -> None:
+    app.backend.chords.return_part(Part(group_id, task_id, position), "SUCCESS", 1)

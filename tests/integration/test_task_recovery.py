@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -15,15 +14,12 @@ from celery.exceptions import ChordError
 from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
-from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
-from patchpilot.recovery import Finding, Recovery, Site, Window
+from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
-from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.recovery.inventory import life
 from patchpilot.recovery.remedy import Remedies
-from patchpilot.workers.application import site_of
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, later, mourn, note, total
 
@@ -97,27 +93,6 @@ def test_a_message_is_looked_for_where_it_was_sent_and_goes_back_there(
     assert recovery.survey(NOW) == ()
 
 
-def test_queues_that_are_named_otherwise_are_known_by_their_names_or_nothing_is_called_lost(
-    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Celery's documentation proposes for priorities; and with a queue for two priorities only."""
-    monkeypatch.setitem(app.conf, "broker_transport_options", {"sep": ":", "priority_steps": [0, 5]})
-    queued = add.apply_async((1, 1), priority=6).id
-    assert ids(broker, "celery:5") == [queued]
-    with pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        recovery.recover(NOW)
-    with Housekeeping(Site(shop.broker, shop.dsn)) as misled, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        misled.adopt()
-    with Recovery(replace(site_of(app), sep="|")) as other, pytest.raises(NeedsOperator, match=r"set celery\.sep"):
-        other.recover(NOW)
-    broker.sadd("_kombu.binding.celery", "celery\x06\x16\x06\x16celery")  # from before it was set
-    with Recovery(site_of(app)) as informed:
-        assert informed.survey(NOW) == ()
-        broker.delete("celery:5")
-        assert [it.id for it in informed.recover(NOW)] == [queued]
-    assert ids(broker, "celery:5") == [queued]
-
-
 def test_expired_and_revoked_tasks_do_not_come_back(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
     """A worker knows what is revoked only by itself, unless it wrote that down because it met the task."""
     shop.worker("-c", "1")
@@ -177,7 +152,7 @@ def test_a_chord_does_not_wait_for_what_has_expired_or_was_revoked(
 def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place(
     shop: Shop, recovery: Recovery, broker: redis.Redis
 ) -> None:
-    """Both of its messages at once; or one, where the other has run: the result of the task stands for both."""
+    """Both of its messages at once; or one, where the other has run: its result stays, and does not stand for both."""
     same, again = doomed(), add.s(2, 2).set(queue="elsewhere", expires=3600)
     same.freeze()
     again.freeze()
@@ -185,7 +160,7 @@ def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place
     broker.delete("elsewhere")
     assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
     assert failing.state == "FAILURE"
-    half = chord([again, again], note.s(label="half")).apply_async()
+    half = chord([again, again], note.s(label="half").on_error(mourn.s())).apply_async()
     broker.lpop("elsewhere")
     shop.worker("-c", "1", "-Q", "celery,elsewhere")
     with Database(shop.dsn) as database:
@@ -193,9 +168,29 @@ def test_a_task_that_is_in_a_header_twice_and_has_expired_is_ended_at_each_place
         until(lambda: database.fetch(left) == [{"count": 1}], seconds=30, what="the first had run")
         database.execute("UPDATE patchpilot.outbox SET expires = now()")
     assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(half.parent.id, "header-expired")]
-    shop.await_line("half [4, 4]")
+    assert half.state == "FAILURE"
     assert app.AsyncResult(again.id).state == "SUCCESS"
+    until(lambda: any("mourn ChordError" in line for line in shop.ledger()), seconds=30, what="its errback was called")
     until(lambda: recovery.survey(NOW) == (), seconds=30, what="there was nothing left to find")
+    assert not [line for line in shop.ledger() if line.startswith("half")]
+
+
+def test_of_a_task_that_is_in_a_header_twice_only_the_part_of_the_expired_message_is_ended(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    same = str(uuid4())
+    header = [doomed(task_id=same), add.s(2, 2).set(task_id=same), doomed(task_id=same, argsrepr="\0")]
+    waiting = chord(header, total.s()).apply_async()
+    broker.delete("elsewhere")
+    [applied] = recovery.recover(NOW)
+    assert (applied.id, applied.remedy) == (waiting.parent.id, "revoke-part")
+    with Database(shop.dsn) as database:
+        parts = database.fetch("SELECT state FROM patchpilot.chord_part ORDER BY position")
+        assert [part["state"] for part in parts] == ["REVOKED", None, "REVOKED"]
+    assert recovery.survey(NOW) == ()
+    shop.worker("-c", "1")
+    until(lambda: waiting.state == "FAILURE", seconds=30, what="the chord failed when the other task had run")
+    assert shop.ledger() == ["add 2 2"]
 
 
 def test_a_frozen_chord_that_is_sent_again_does_not_wait_for_what_has_expired(

@@ -24,6 +24,7 @@ def test_that_nothing_is_stuck_is_said_without_reserve_only_if_everything_was_lo
         Quiet(messages_outside=Outside(old=1)),
     ):
         assert headline(quiet) == "nothing is stuck of what was looked at"
+    assert headline(Quiet(), elsewhere=True) == "nothing is stuck of what was looked at"
     assert headline(Quiet(), ["task"]) == "nothing is stuck of what was looked at"
 
 

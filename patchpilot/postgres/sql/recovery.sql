@@ -62,18 +62,21 @@ WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 -- task has ended; it is of this sending if it returned after it. What tells that a task has ended does not tell which of
 -- two of them that share an id in one header, so each of their messages stands until all their parts are here.
 WITH part AS (
-    SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at
+    SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at, max(p.position) AS place,
+           max(p.position) FILTER (WHERE p.returned_at IS NOT NULL) AS returned_place
     FROM (SELECT DISTINCT group_id FROM patchpilot.outbox WHERE group_id IS NOT NULL) open_group
     CROSS JOIN LATERAL (
-        SELECT task_id, returned_at FROM patchpilot.chord_part
-        WHERE group_id = open_group.group_id AND returned_at IS NOT NULL
+        SELECT task_id, returned_at, position FROM patchpilot.chord_part WHERE group_id = open_group.group_id
         OFFSET 0  -- group by group, by their index: never through all that was ever run
     ) p
     GROUP BY open_group.group_id, p.task_id
+), reached AS (
+    SELECT group_id, max(returned_at) AS returned_at, max(returned_place) AS place FROM part GROUP BY group_id
 )
 SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
-       o.sent_at, o.resends, o.pushes, o.shadow, o.expires < now() AS expired, now() - o.sent_at AS age,
-       coalesce(f.finished, false) OR ((r.task_id IS NOT NULL OR part.task_id IS NOT NULL) AND NOT EXISTS (
+       o.sent_at, o.resends, o.pushes, o.shadow, o.expires < now() AS expired, now() - progress.at AS age,
+       coalesce(f.finished, false)
+       OR ((r.task_id IS NOT NULL OR coalesce(part.returned_at >= o.recorded_at, false)) AND NOT EXISTS (
            SELECT FROM patchpilot.chord_part p
            JOIN patchpilot.chord_part same USING (group_id, task_id)
            WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL AND same.position <> p.position
@@ -97,20 +100,44 @@ LEFT JOIN LATERAL (
     FROM patchpilot.fence
     WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
 ) f ON true
-LEFT JOIN part
-    ON part.group_id = o.group_id AND part.task_id = o.task_id AND part.returned_at >= o.recorded_at
-WHERE o.sent_at <= now() - %(min_age)s
+LEFT JOIN part ON part.group_id = o.group_id AND part.task_id = o.task_id
+LEFT JOIN reached ON reached.group_id = o.group_id
+-- A header is pushed in its order, and that may take long. As long as parts return, and none has that comes behind this
+-- one, it may still be on its way from the producer: so it is as old as the last return.
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at
+) progress
+WHERE progress.at <= now() - %(min_age)s
   -- The message of a chord that goes on without it is never too old.
-  AND (o.sent_at >= now() - %(max_age)s OR o.group_id = ANY(%(group_ids)s::text[]))
+  AND (progress.at >= now() - %(max_age)s OR o.group_id = ANY(%(group_ids)s::text[]))
   AND (o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[]))
 ORDER BY o.sent_at, o.message_id
 
 -- name: outside
--- How many messages are too young or too old to be looked at.
-SELECT count(*) FILTER (WHERE sent_at > now() - %(min_age)s) AS young,
-       count(*) FILTER (WHERE sent_at < now() - %(max_age)s AND NOT coalesce(group_id = ANY(%(group_ids)s::text[]), false)) AS old
-FROM patchpilot.outbox
-WHERE broker IS NULL OR broker = ANY(%(brokers)s::text[])
+-- How many messages are too young or too old to be looked at, by the same reckoning.
+WITH part AS (
+    SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at, max(p.position) AS place,
+           max(p.position) FILTER (WHERE p.returned_at IS NOT NULL) AS returned_place
+    FROM (SELECT DISTINCT group_id FROM patchpilot.outbox WHERE group_id IS NOT NULL) open_group
+    CROSS JOIN LATERAL (
+        SELECT task_id, returned_at, position FROM patchpilot.chord_part WHERE group_id = open_group.group_id
+        OFFSET 0  -- group by group, by their index: never through all that was ever run
+    ) p
+    GROUP BY open_group.group_id, p.task_id
+), reached AS (
+    SELECT group_id, max(returned_at) AS returned_at, max(returned_place) AS place FROM part GROUP BY group_id
+)
+SELECT count(*) FILTER (WHERE progress.at > now() - %(min_age)s) AS young,
+       count(*) FILTER (
+           WHERE progress.at < now() - %(max_age)s AND NOT coalesce(o.group_id = ANY(%(group_ids)s::text[]), false)
+       ) AS old
+FROM patchpilot.outbox o
+LEFT JOIN part ON part.group_id = o.group_id AND part.task_id = o.task_id
+LEFT JOIN reached ON reached.group_id = o.group_id
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at
+) progress
+WHERE o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[])
 
 -- name: last_parts
 -- The tasks that would finish these chords, or return a part to them: those that returned last, and those that ended
@@ -193,10 +220,13 @@ RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key,
 UPDATE patchpilot.outbox SET pushes = pushes + 1 WHERE message_id = ANY(%(message_ids)s::uuid[])
 
 -- name: revoke
--- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it.
+-- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it. The
+-- part is recorded from the result; but the result of a task that is in the header more than once may be that of another
+-- message, so there the part is recorded here. Returns the chords of which one was.
 WITH gone AS (
     DELETE FROM patchpilot.outbox o
-    USING unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(metas)s::bytea[]) AS seen (message_id, resends, meta)
+    USING unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(metas)s::bytea[], %(payloads)s::bytea[])
+        AS seen (message_id, resends, meta, payload)
     WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
       AND EXISTS (
           SELECT FROM patchpilot.chord_part p
@@ -215,17 +245,34 @@ WITH gone AS (
               WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND same.position <> p.position
           )
       )
-    RETURNING o.task_id, o.recorded_at, seen.meta
+    -- By pattern: as JSON, PostgreSQL reads no header where another has a NUL. Inside a text its quotes would be escaped.
+    RETURNING o.group_id, o.task_id, o.recorded_at, seen.meta, seen.payload,
+              coalesce(substring(convert_from(o.headers, 'UTF8') FROM '"group_index": ?([0-9]+)')::int, 0) AS place
 ), latest AS (
     SELECT DISTINCT ON (task_id) * FROM gone ORDER BY task_id, recorded_at DESC
+), stored AS (
+    INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
+    SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
+    ON CONFLICT (task_id) DO UPDATE
+    SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+    -- What its other message came to stays; what it came to when it was sent before does not.
+    WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
+       OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
 )
-INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
-ON CONFLICT (task_id) DO UPDATE
-SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
--- What its other message came to stays; what it came to when it was sent before does not.
-WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
-   OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
+UPDATE patchpilot.chord_part p
+SET state = 'REVOKED', payload = gone.payload, returned_at = now()
+FROM gone
+WHERE p.group_id = gone.group_id AND p.task_id = gone.task_id AND p.state IS NULL
+  AND EXISTS (
+      SELECT FROM patchpilot.chord_part same
+      WHERE same.group_id = p.group_id AND same.task_id = p.task_id AND same.position <> p.position
+  )
+  -- As a worker returns it.
+  AND (p.position = gone.place OR NOT EXISTS (
+      SELECT FROM patchpilot.chord_part same
+      WHERE same.group_id = p.group_id AND same.position = gone.place AND same.task_id = p.task_id
+  ))
+RETURNING p.group_id
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here.
