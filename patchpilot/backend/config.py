@@ -99,18 +99,30 @@ class Masked(str):
         return (Masked.of, (self.dsn,))
 
 
+@dataclass(frozen=True)
+class MaskedCall:
+    """What stands there for a function that returns the DSN: a partial would show what it was given."""
+
+    call: Callable[[], Any] = field(repr=False)
+
+    def __call__(self) -> Any:
+        return self.call()
+
+
 def mask(conf: Any, dsn: str | None = None) -> None:
     """Hide the DSN in a Celery configuration, under every name it has there, a namespace's included.
 
-    :param dsn: the DSN; what is configured by default. A callable is left alone until somebody calls it.
+    :param dsn: the DSN; what is configured by default. A callable is not called for that.
     """
     for name in DSN:
         value = conf.get(name)
         found = dsn or value
-        if value and isinstance(found, str) and not isinstance(value, Masked):
-            for key in conf._to_keys(name):
-                if key == name or any(key in known for known in conf.maps):
-                    conf.changes[key] = Masked.of(found)
+        if not value or isinstance(value, Masked) or (isinstance(value, MaskedCall) and dsn is None):
+            continue
+        hidden = Masked.of(found) if isinstance(found, str) else MaskedCall(found) if callable(found) else None
+        for key in conf._to_keys(name) if hidden is not None else ():
+            if key == name or any(key in known for known in conf.maps):
+                conf.changes[key] = hidden
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,6 +135,14 @@ def test_install_hides_the_dsn_at_once(configure: Callable[[Celery, dict[str, An
     for shown in (app.conf.humanize(), app.conf.humanize(with_defaults=True), repr(app.conf.table(censored=False))):
         assert "hunter2" not in shown
     assert app.conf.get(name).dsn == dsn_of(app) == SECRET
+
+
+def test_what_a_function_was_given_is_hidden_too() -> None:
+    app = make()
+    after(app, {"broker_url": BROKER_URL, "patchpilot_postgres": partial(str, SECRET)})
+    assert "hunter2" not in app.conf.humanize() + repr(app.conf.table(censored=False))
+    assert dsn_of(app) == SECRET
+    assert "hunter2" not in app.conf.humanize() + repr(app.conf.table(censored=False))
 
 
 def test_the_dsn_is_hidden_where_nothing_of_ours_is_loaded() -> None:
