@@ -74,7 +74,7 @@ def test_a_second_delivery_is_a_repetition_also_if_the_first_one_ends_just_then(
         [row] = database.fetch("SELECT message_id::text FROM patchpilot.outbox")
         fence = Fence(app, database, FenceMode.ALL, timedelta(minutes=1), told.append)
         request = SimpleNamespace(id=task_id, task=add.name, **{MESSAGE_ID: row["message_id"]})
-        first = fence._begin(request, "scope")
+        first = fence._begin(request, "scope", acks_late=False)
 
         def ends_just_then(self: Fence, asking: object) -> bool:
             self.end(first, row["message_id"])
@@ -82,8 +82,29 @@ def test_a_second_delivery_is_a_repetition_also_if_the_first_one_ends_just_then(
 
         monkeypatch.setattr(Fence, "_is_on_record", ends_just_then)
         with pytest.raises(Ignore):
-            fence._begin(request, "scope")
+            fence._begin(request, "scope", acks_late=False)
     assert told == [request]
+
+
+@pytest.mark.parametrize("acks_late", ["", "1"], ids=["early", "late"])
+def test_one_that_runs_elsewhere_and_is_not_on_record_waits_for_the_other_one(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, acks_late: str
+) -> None:
+    """The other one dies, and nothing else would bring it back. An acknowledged message cannot be given back."""
+    monkeypatch.setitem(app.conf, "patchpilot_journal_messages", False)
+    task_id = add.delay(1, 1).id
+    with redis.Redis.from_url(shop.broker) as broker, Database(shop.dsn) as database:
+        message = json.loads(broker.lrange("celery", 0, 0)[0])
+        database.execute(
+            "INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until) "
+            "VALUES (%s, %s, '0/0', gen_random_uuid(), 'elsewhere/1', now() + interval '1 hour')",
+            [message["headers"][MESSAGE_ID], task_id],
+        )
+        worker = shop.worker("-c", "1", SHOP_FENCE="all", SHOP_ACKS_LATE=acks_late)
+        until(lambda: "runs elsewhere" in worker.output(), seconds=30, what="it saw the other one")
+        assert shop.ledger() == []
+        database.execute("UPDATE patchpilot.fence SET lease_until = now()")
+    shop.await_line("add 1 1")
 
 
 def test_a_callback_whose_pool_process_was_killed_runs_again(shop: Shop) -> None:
