@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import redis
-from celery import chain, chord
+from celery import chain, chord, group
 from celery.exceptions import Ignore
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
@@ -244,6 +244,27 @@ def test_what_follows_runs_once_however_the_task_before_it_came_to_its_end(shop:
         "tail None",
     ]
     assert sorted(shop.ledger()) == sorted([*twice, *twice, *once])
+
+
+def test_each_task_of_a_group_that_follows_runs_once(shop: Shop) -> None:
+    """At the end of a chain, and as a link; with chains and groups inside."""
+
+    def those_of(name: str) -> group:
+        inside = chain(note.s(label=f"{name} first"), note.s(label=f"{name} last"))
+        return group(note.s(label=f"{name} one"), inside, group(note.s(label=f"{name} two")))
+
+    chain(add.s(1, 1), those_of("chain")).apply_async()
+    add.apply_async((1, 1), link=[those_of("link"), note.s(label="other link")])
+    with redis.Redis.from_url(shop.broker) as broker:
+        messages = broker.lrange("celery", 0, -1)
+        broker.lpush("celery", *messages)
+    worker = shop.worker("-c", "1")
+    until(lambda: worker.output().count("is not run again") >= 7, seconds=60, what="the second ones were dropped")
+    for line in ("chain last 2", "link last 2"):
+        shop.await_line(line)
+    shop.stop()
+    once = [f"{name} {each} 2" for name in ("chain", "link") for each in ("one", "first", "last", "two")]
+    assert sorted(shop.ledger()) == sorted([*["add 1 1"] * 4, *once, "other link 2"])
 
 
 def test_a_link_runs_each_time_that_its_task_is_sent(shop: Shop) -> None:
