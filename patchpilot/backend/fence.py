@@ -4,7 +4,7 @@ After a failover the broker may deliver a callback a second time: the pop or the
 writes, or recovery pushed it again. Every such delivery has the same task id. So each start of a callback is claimed
 in PostgreSQL, under a lease that is renewed while it runs. A second delivery of a finished callback is acknowledged
 without running. A second delivery of one that runs elsewhere is dropped too: its message stays in the outbox until
-the callback has ended, so recovery delivers it again should its runner die.
+the callback has ended, so recovery delivers it again should its runner die. One that is not there waits.
 
 A task id alone does not name an execution: a frozen signature that is applied again has the same one. What does is the
 task id within a scope. For a callback that is its chord; for what follows another task (the next one of its chain, a
@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 SQL = queries("fence")
 
 ASIDE = 1.0
-"""Seconds to wait before a message is given back that nobody has on record."""
+"""Seconds to wait before it is asked again whether a task may start."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,7 @@ class Fence:
             scope = self._scope(request)
             if scope is None or request.called_directly or getattr(request, "patchpilot_start", None):
                 return run(*args, **kwargs)
-            try:
-                start = self._begin(request, scope)
-            except PatchpilotError as error:
-                # Without PostgreSQL nobody knows whether it ran: neither run it nor call it failed.
-                raise Reject(error, requeue=True) from error
+            start = self._begin(request, scope, acks_late=bool(task.acks_late))
             request.patchpilot_start = start
             with _Renewal(lambda: self._renew(start), self._lease):
                 return run(*args, **kwargs)
@@ -120,24 +116,49 @@ class Fence:
         """What the start of this task belongs to; None if it needs no fence."""
         return scope_of(vars(request), everything=self._mode is FenceMode.ALL)
 
-    def _begin(self, request: Any, scope: str) -> Start:
-        """Claim the start of a task.
+    def _begin(self, request: Any, scope: str, *, acks_late: bool) -> Start:
+        """Claim the start of a task, and wait for as long as nobody can tell whether it may run.
 
-        :raises Ignore: it has run already, or is running.
+        Without PostgreSQL nobody knows whether it ran: neither run it nor call it failed. Nor give its message back: if
+        that was acknowledged early, Celery would drop it. And a claim that was given up may be carried out later: it is
+        ours only if the same owner asks again.
+
+        :raises Ignore: it has run already, or is running and on record.
+        :raises Reject: it is running, not on record and not acknowledged yet: its message goes back to its queue.
         """
         start = Start(str(request.id), attempt_of(vars(request)), scope, str(uuid4()))
+        told = False
+        while True:
+            try:
+                if self._is_claimed(request, start):
+                    return start
+                reason = "it runs elsewhere, and nothing would bring it back"
+            except PatchpilotError as error:
+                reason = str(error)
+            else:
+                if acks_late:
+                    SYSTEM.sleep(ASIDE)
+                    raise Reject(f"{request.id} runs elsewhere", requeue=True)
+            if not told:
+                logger.warning("%s[%s] waits before it starts: %s", request.task, request.id, reason)
+                told = True
+            SYSTEM.sleep(ASIDE)
+
+    def _is_claimed(self, request: Any, start: Start) -> bool:
+        """Claim the start of a task. False if it runs elsewhere, and nothing would bring it back should that one die.
+
+        :raises Ignore: it has run already, or is running and on record.
+        """
         if self._start(start):
-            return start
+            return True
         on_record = self._is_on_record(request)  # before the look: an execution that ends takes the message off it
         rows = self._database.fetch(SQL["look"], start.row())
         if rows and not rows[0]["finished"] and is_gone(rows[0]["worker"]) and self._start(start, rows[0]["worker"]):
             logger.warning("%s[%s] runs again: its process died", request.task, request.id)
-            return start
+            return True
         if rows and not rows[0]["finished"]:
             if not on_record:
-                # Nothing would bring it back should the other execution die: so it waits in its queue.
-                SYSTEM.sleep(ASIDE)
-                raise Reject(f"{request.id} runs elsewhere", requeue=True)
+                return False
             # Not ours to end: the message stays in the outbox for as long as the other execution lives.
             request.patchpilot_keep = True
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ _STEERING = frozenset({
     "exchange", "routing_key", "serializer", "retry", "retry_policy", "declare", "headers", "timeout",
     "confirm_timeout",
 })  # fmt: skip
+
+UNROLLED = ("chain", "group")
+"""The signatures that are published as some of the tasks within."""
 
 PICKLE = "application/x-python-serialize"
 
@@ -216,24 +219,27 @@ def name_links(request: Any) -> None:
     message_id = origin(request)
     if message_id is None:  # sent anew under the same id, it would be taken for the same
         return
-    for place, link in enumerate(map(_first, request.callbacks or ())):
-        if isinstance(link, Mapping) and not link.get("subtask_type") and not link["options"].get("task_id"):
+    for place, link in enumerate(_first(request.callbacks or ())):
+        if not link.get("subtask_type") and not link["options"].get("task_id"):
             link["options"]["task_id"] = str(uuid5(NAMESPACE_OID, f"{message_id}/{place}"))
 
 
 def following(request: Any) -> frozenset[str]:
-    """The ids of the tasks that follow a task: the next one of its chain, and its links. To be noted when it starts:
-    before 5.7 Celery takes the next one away before it publishes it."""
-    signatures = [*(request.chain or ())[-1:], *map(_first, request.callbacks or ())]
-    ids = ((each.get("options") or {}).get("task_id") for each in signatures if isinstance(each, Mapping))
+    """The ids of the tasks that follow a task: the next one of its chain, or those of the group there, and its links.
+    To be noted when it starts: before 5.7 Celery takes the next one away before it publishes it."""
+    signatures = _first([*(request.chain or ())[-1:], *(request.callbacks or ())])
+    ids = ((each.get("options") or {}).get("task_id") for each in signatures)
     return frozenset(each for each in ids if each is not None)
 
 
-def _first(link: Any) -> Any:
-    """The task of a link that is published first, where one is."""
-    while isinstance(link, Mapping) and link.get("subtask_type") == "chain" and link["kwargs"]["tasks"]:
-        link = link["kwargs"]["tasks"][0]
-    return link
+def _first(signatures: Iterable[Any]) -> Iterator[Any]:
+    """The tasks of some signatures that are published first, where some are: of a group, each of its own."""
+    for each in signatures:
+        tasks = each["kwargs"]["tasks"] if isinstance(each, Mapping) and each.get("subtask_type") in UNROLLED else ()
+        if tasks:
+            yield from _first(tasks if each["subtask_type"] == "group" else tasks[:1])
+        elif isinstance(each, Mapping):
+            yield each
 
 
 def _chord_of(headers: Mapping[str, Any], body: Any) -> str | None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import redis
-from celery import chain, chord
+from celery import chain, chord, group
 from celery.exceptions import Ignore
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
@@ -74,7 +74,7 @@ def test_a_second_delivery_is_a_repetition_also_if_the_first_one_ends_just_then(
         [row] = database.fetch("SELECT message_id::text FROM patchpilot.outbox")
         fence = Fence(app, database, FenceMode.ALL, timedelta(minutes=1), told.append)
         request = SimpleNamespace(id=task_id, task=add.name, **{MESSAGE_ID: row["message_id"]})
-        first = fence._begin(request, "scope")
+        first = fence._begin(request, "scope", acks_late=False)
 
         def ends_just_then(self: Fence, asking: object) -> bool:
             self.end(first, row["message_id"])
@@ -82,8 +82,29 @@ def test_a_second_delivery_is_a_repetition_also_if_the_first_one_ends_just_then(
 
         monkeypatch.setattr(Fence, "_is_on_record", ends_just_then)
         with pytest.raises(Ignore):
-            fence._begin(request, "scope")
+            fence._begin(request, "scope", acks_late=False)
     assert told == [request]
+
+
+@pytest.mark.parametrize("acks_late", ["", "1"], ids=["early", "late"])
+def test_one_that_runs_elsewhere_and_is_not_on_record_waits_for_the_other_one(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, acks_late: str
+) -> None:
+    """The other one dies, and nothing else would bring it back. An acknowledged message cannot be given back."""
+    monkeypatch.setitem(app.conf, "patchpilot_journal_messages", False)
+    task_id = add.delay(1, 1).id
+    with redis.Redis.from_url(shop.broker) as broker, Database(shop.dsn) as database:
+        message = json.loads(broker.lrange("celery", 0, 0)[0])
+        database.execute(
+            "INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until) "
+            "VALUES (%s, %s, '0/0', gen_random_uuid(), 'elsewhere/1', now() + interval '1 hour')",
+            [message["headers"][MESSAGE_ID], task_id],
+        )
+        worker = shop.worker("-c", "1", SHOP_FENCE="all", SHOP_ACKS_LATE=acks_late)
+        until(lambda: "runs elsewhere" in worker.output(), seconds=30, what="it saw the other one")
+        assert shop.ledger() == []
+        database.execute("UPDATE patchpilot.fence SET lease_until = now()")
+    shop.await_line("add 1 1")
 
 
 def test_a_callback_whose_pool_process_was_killed_runs_again(shop: Shop) -> None:
@@ -223,6 +244,27 @@ def test_what_follows_runs_once_however_the_task_before_it_came_to_its_end(shop:
         "tail None",
     ]
     assert sorted(shop.ledger()) == sorted([*twice, *twice, *once])
+
+
+def test_each_task_of_a_group_that_follows_runs_once(shop: Shop) -> None:
+    """At the end of a chain, and as a link; with chains and groups inside."""
+
+    def those_of(name: str) -> group:
+        inside = chain(note.s(label=f"{name} first"), note.s(label=f"{name} last"))
+        return group(note.s(label=f"{name} one"), inside, group(note.s(label=f"{name} two")))
+
+    chain(add.s(1, 1), those_of("chain")).apply_async()
+    add.apply_async((1, 1), link=[those_of("link"), note.s(label="other link")])
+    with redis.Redis.from_url(shop.broker) as broker:
+        messages = broker.lrange("celery", 0, -1)
+        broker.lpush("celery", *messages)
+    worker = shop.worker("-c", "1")
+    until(lambda: worker.output().count("is not run again") >= 7, seconds=60, what="the second ones were dropped")
+    for line in ("chain last 2", "link last 2"):
+        shop.await_line(line)
+    shop.stop()
+    once = [f"{name} {each} 2" for name in ("chain", "link") for each in ("one", "first", "last", "two")]
+    assert sorted(shop.ledger()) == sorted([*["add 1 1"] * 4, *once, "other link 2"])
 
 
 def test_a_link_runs_each_time_that_its_task_is_sent(shop: Shop) -> None:

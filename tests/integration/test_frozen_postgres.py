@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from celery import chord
+from celery import chain, chord
 from celery.signals import task_postrun
 from kombu.exceptions import OperationalError
 
@@ -155,6 +155,40 @@ def test_a_task_whose_end_was_not_recorded_stays_in_the_outbox(hasty: Shop, post
         finally:
             add.pop_request()
         assert database.fetch(outbox) == [row]
+
+
+@pytest.mark.parametrize("acks_late", ["", "1"], ids=["early", "late"])
+def test_a_callback_that_starts_meanwhile_waits_for_it(hasty: Shop, postgres: Freezable, acks_late: str) -> None:
+    """The claim of its start is given up and carried out later: no other process would take it over before its lease
+    is over, which is an hour here."""
+    settings = json.dumps({**HASTY, "patchpilot_fence_lease": 3600})
+    result = chord([add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
+    worker = hasty.worker("-c", "1", SHOP_SETTINGS=settings, SHOP_ACKS_LATE=acks_late)
+    with redis.Redis.from_url(hasty.broker) as broker:
+        until(lambda: broker.llen("callbacks") == 1, seconds=WAIT, what="the callback was queued")
+        assert note.delay(0).get(timeout=WAIT) == 0  # the part's end is over, and its process connected
+        with postgres.frozen():
+            broker.rename("callbacks", "celery")
+            waits = f"total[{result.id}] waits before it starts"
+            until(lambda: waits in worker.output(), seconds=WAIT, what=f"it waited: {worker.output()[-2000:]}")
+    assert result.get(timeout=WAIT) == 2
+    assert hasty.ledger().count("total 2") == 1
+
+
+def test_what_is_not_on_record_and_starts_meanwhile_is_not_lost(
+    hasty: Shop, postgres: Freezable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acknowledged early, Celery's default: its message could not be given back, and nobody would send it again."""
+    settings = {**HASTY, "patchpilot_journal_messages": False}
+    monkeypatch.setitem(app.conf, "patchpilot_journal_messages", False)
+    gate = hasty.directory / "gate"
+    worker = hasty.worker("-c", "1", SHOP_SETTINGS=json.dumps(settings))
+    chain(hold.s(5, str(gate)), note.s(label="tail")).apply_async()
+    hasty.await_line("hold began")
+    with postgres.frozen():
+        gate.touch()
+        until(lambda: "waits before it starts" in worker.output(), seconds=WAIT, what="the tail waited")
+    hasty.await_line("tail 5", seconds=WAIT)
 
 
 def test_a_worker_that_shuts_down_does_not_wait_for_it(hasty: Shop, postgres: Freezable) -> None:

@@ -124,15 +124,16 @@ def test_in_a_task_only_a_broker_that_is_away_leaves_a_message_to_recovery(
 def test_what_runs_elsewhere_and_is_on_no_record_waits_in_its_queue(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the journal nothing would bring the message back, should the other execution die."""
+    """Without the journal nothing would bring the message back, should the other execution die. Acknowledged
+    early, it could not be given back."""
     monkeypatch.setattr(fences, "ASIDE", 0)
     request = Context(id="t", task="add", **{MESSAGE_ID: str(uuid4()), FOLLOWS: "before"})
     fence = app.backend.fence
-    fence._begin(request, "before")
+    fence._begin(request, "before", acks_late=True)
     with Database(shop.dsn) as database:  # another machine's, as far as we can tell
         database.execute("UPDATE patchpilot.fence SET worker = %s", (f"{uuid4()}/1",))
     with pytest.raises(Reject) as given_back:
-        fence._begin(request, "before")
+        fence._begin(request, "before", acks_late=True)
     assert given_back.value.requeue
 
 
@@ -140,12 +141,12 @@ def test_a_task_that_was_ended_from_outside_does_not_begin_again(shop: Shop) -> 
     """A hard time limit kills the process; the worker's own process says that the task has failed."""
     request = Context(id="t", task="add", **{MESSAGE_ID: str(uuid4()), FOLLOWS: "before"})
     fence = app.backend.fence
-    fence._begin(request, "before")
+    fence._begin(request, "before", acks_late=False)
     fence.end_for_others(request)
     with Database(shop.dsn) as database:
         database.execute("UPDATE patchpilot.fence SET lease_until = now() - interval '1 minute'")
     with pytest.raises(Ignore):
-        fence._begin(request, "before")
+        fence._begin(request, "before", acks_late=False)
 
 
 def test_of_parts_that_return_at_once_the_last_sees_that_the_chord_is_complete(shop: Shop) -> None:
