@@ -41,7 +41,9 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize("text", ["", "5", "5 m", "m", "-5m", "5m!", "five minutes", "5M", "1e3s", "99999999999d"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "5 m", "m", "-5m", "5m!", "five minutes", "5M", "1e3s", "99999999999d", "\u0663s"]
+)
 def test_bad_durations(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a duration|longer than ten years"):
         parse_duration(text)
