@@ -15,11 +15,11 @@ MALFORMED = "is malformed: write postgresql://user:password@host/database, with 
 # user:password@ in any URL, up to the last @ of the word: a password that is not percent-encoded may hold an @ or a /.
 _URL_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)\S*@", re.IGNORECASE)
 
-_VALUE = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&]+)"""
-# password=..., ssl_password=..., PGPASSWORD=... in a libpq string, a query or a person's words. What else may be secret
-# is a common word, and counts only before an equals sign. A name that is percent-encoded may be any of them.
+_VALUE = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s&])[^\s&]*"""
+# password=..., ssl_password=..., PGPASSWORD=... in a libpq string, a query, JSON or a person's words. What else may be
+# secret is a common word, and counts only before an equals sign. A name that is percent-encoded may be any of them.
 _SECRETS = re.compile(
-    r"(?P<key>[\w.-]*(?:pass(?:word|wd|phrase)|pwd|secret|auth_token)\w*\s*[=:]\s*"
+    r"(?P<key>[\w.-]*(?:pass(?:word|wd|phrase)|pwd|secret|auth_token)\w*(?:\\?[\"'])?\s*[=:]\s*"
     r"|[\w.-]*(?:token|credentials?|signature|(?:api|access|client|server|account|private)_?key)\s*=\s*"
     r"|[?&][^=&\s]*%[^=&\s]*=)" + _VALUE,
     re.IGNORECASE,

@@ -27,12 +27,14 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from patchpilot import environ
 from patchpilot.dsn import readable_dsn, readable_endpoint
 from patchpilot.durations import ago, as_duration, long_enough_to_be_dead, parse_duration
 from patchpilot.errors import Usage
 from patchpilot.legible import illegible
 
 DEFAULT_FILE = Path("patchpilot.toml")
+PREFIX = "PATCHPILOT_"
 
 
 def _within(least: str, most: str) -> AfterValidator:
@@ -233,7 +235,7 @@ class Settings(BaseSettings):
     """Everything a command needs to know."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PATCHPILOT_",
+        env_prefix=PREFIX,
         env_nested_delimiter="__",
         extra="forbid",
         frozen=True,
@@ -349,26 +351,16 @@ def load(path: Path | None = None) -> Settings:
     # PATCHPILOT_POSTGRES is the name that workers use as well; here it means postgres.dsn.
     dsn = os.environ.get("PATCHPILOT_POSTGRES")
     try:
-        with _environment_without("PATCHPILOT_POSTGRES"):
+        with environ.without("PATCHPILOT_POSTGRES"):
+            environ.refuse_unknown(PREFIX, Settings.model_fields)
             if dsn:
                 values = {**values, "postgres": {**_table(values, "postgres"), "dsn": dsn}}
             return Settings(**values)
     except SettingsError as error:
-        raise Usage(f"environment: {error}") from None
+        raise Usage(environ.unreadable(PREFIX, error)) from None
     except ValidationError as error:
-        raise Usage(f"{source or 'configuration'}: {_first(error)}") from None
-
-
-class _environment_without:  # noqa: N801 - reads as a statement where it is used
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._value = os.environ.pop(self._name, None)
-
-    def __exit__(self, *_: object) -> None:
-        if self._value is not None:
-            os.environ[self._name] = self._value
+        where = environ.source(PREFIX, error.errors()[0]["loc"])
+        raise Usage(f"{where or source or 'configuration'}: {_first(error)}") from None
 
 
 def _table(values: dict[str, Any], key: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Prove(Step):
     """
 
     name = "verify"
-    title = "prove that the update is complete, the nodes and workers are well and nothing is stuck"
+    title = "prove that the update is over, the nodes and workers are well and nothing is stuck"
     effect = Effect.PUBLISH
 
     def __init__(self, desk: Desk) -> None:

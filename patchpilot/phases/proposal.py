@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from patchpilot.elasticache.facts import Group, Node, ServiceUpdate, UpdateAction, UpdateStatus
@@ -15,7 +15,7 @@ from patchpilot.engine.requests import stop
 from patchpilot.errors import Aborted, Blocked, NothingToDo, Usage
 from patchpilot.phases.choice import Choice, Offer
 from patchpilot.phases.desk import Desk
-from patchpilot.phases.notes import noted
+from patchpilot.phases.notes import length, noted
 from patchpilot.phases.operations import operation
 from patchpilot.phases.order import Kind, Order
 from patchpilot.phases.readings import known
@@ -104,10 +104,12 @@ def digest(content: Mapping[str, Any]) -> str:
 def changes(planned: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What is different, old and new, in one line; empty if nothing is. Pure."""
     different = [key for key in COMPARED if planned.get(key) != now.get(key)]
-    return "; ".join(f"{key} was {_said(planned.get(key))}, is {_said(now.get(key))}" for key in different)
+    return "; ".join(f"{key} was {_said(key, planned.get(key))}, is {_said(key, now.get(key))}" for key in different)
 
 
-def _said(value: Any) -> str:
+def _said(key: str, value: Any) -> str:
+    if key == "grace" and value is not None:
+        return f"{value:g} s" if value % 1 else length(timedelta(seconds=value))
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {each}" for key, each in value.items()) or "nothing"
     if isinstance(value, (list, tuple)):

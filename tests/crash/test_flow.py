@@ -278,7 +278,7 @@ def test_a_plan_is_carried_out_and_is_in_the_report(tmp_path: Path) -> None:
             "shop-broker-003 valkey 8.0.1, is shop-broker-001 valkey 8.0.2",
         ),
         (lambda flow: flow.world.change(update="complete"), f"{UPDATE} was not-applied, and now"),
-        (lambda flow: setattr(flow, "rules", RUNBOOK), "grace was 60.0, is 1200.0"),
+        (lambda flow: setattr(flow, "rules", RUNBOOK), "grace was 1m00s, is 20m00s"),
         (
             lambda flow: flow.world.change(node_type="cache.r7g.xlarge"),
             "node_types was shop-broker-001 cache.r7g.large",

@@ -126,6 +126,9 @@ def test_the_dsn_may_come_from_a_function(monkeypatch: pytest.MonkeyPatch) -> No
         'PGPASSWORD="a hunter2" psql; REDISCLI_AUTH_TOKEN=hunter2 REDIS_PWD: hunter2',
         "https://s3/x?X-Amz-Security-Token=hunter2&X-Amz-Signature=hunter2&X-Amz-Credential=hunter2",
         "aws_secret_access_key=hunter2 aws_session_token = hunter2 AWS_ACCESS_KEY=hunter2",
+        '{"password": "hunter2"}',
+        "{'user': 'u', 'password':'a hunter2'}",
+        '{"body": "{\\"password\\": \\"hunter2\\"}"}',
     ],
 )
 def test_what_may_be_secret_is_masked_and_stays_so(text: str) -> None:

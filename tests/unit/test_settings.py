@@ -41,7 +41,9 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize("text", ["", "5", "5 m", "m", "-5m", "5m!", "five minutes", "5M", "1e3s", "99999999999d"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "5 m", "m", "-5m", "5m!", "five minutes", "5M", "1e3s", "99999999999d", "\u0663s"]
+)
 def test_bad_durations(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a duration|longer than ten years"):
         parse_duration(text)
@@ -315,6 +317,24 @@ def test_a_value_that_libpq_does_not_take_is_a_wrong_setting(monkeypatch: pytest
     with pytest.raises(Usage, match=r"PATCHPILOT_POSTGRES\) has a value that libpq does not take: ") as caught:
         load(ROOT / "config/lab.toml").postgres_dsn()
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("PATCHPILOT_RUNBOK__GRACE", "7s", r"PATCHPILOT_RUNBOK__GRACE: there is no section 'runbok' \(sections: aws, "),
+        ("PATCHPILOT_RUNBOOK__GRACE", "7", r"PATCHPILOT_RUNBOOK__GRACE: runbook\.grace: '7' is not a duration"),
+        ("PATCHPILOT_ENVIRONMENT", "", r"PATCHPILOT_ENVIRONMENT: environment: "),
+        ("PATCHPILOT_RUNBOOK", "x", r"PATCHPILOT_RUNBOOK: write one variable .* like PATCHPILOT_RUNBOOK__NAME"),
+        ("PATCHPILOT_CLUSTERS__BROKER__ROLE", "x", r"PATCHPILOT_CLUSTERS__BROKER__ROLE: clusters\.broker\.role: "),
+    ],
+)
+def test_a_bad_value_in_the_environment_is_not_blamed_on_the_file(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, complaint: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Usage, match=f"^{complaint}"):
+        load(ROOT / "config/lab.toml")
 
 
 def test_a_typo_in_the_environment_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
