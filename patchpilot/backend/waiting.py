@@ -166,8 +166,7 @@ class ResultConsumer(RedisResultConsumer):  # type: ignore[misc]
     def _drain(self, timeout: float | None, ends_at: float) -> None:
         timeout = timeout and min(timeout, max(ends_at - SYSTEM.monotonic(), AT_ONCE))
         try:
-            if not self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout)):
-                SYSTEM.sleep(min(timeout or 0.1, 0.1))
+            self._calmly(lambda: super(ResultConsumer, self).drain_events(timeout=timeout))
         finally:
             self._give_back()
         now = SYSTEM.monotonic()

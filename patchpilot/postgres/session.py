@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from selectors import DefaultSelector
+from types import TracebackType
 from typing import Any, TypeVar
 
 import psycopg
@@ -34,6 +35,25 @@ AT_ONCE = 0.05
 """Seconds in which psycopg does not ask without a reason: it does ten times a second."""
 
 
+class Pipeline(psycopg.Pipeline):
+    """As psycopg's, but quiet: that logs another error for each pipeline it leaves because the session is over."""
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        if exc_val is not None and _ends(exc_val):
+            self._conn.close()
+        if exc_val is not None and self._conn.closed:
+            self._exit(exc_val)
+        else:
+            super().__exit__(exc_type, exc_val, exc_tb)
+
+
+def _ends(error: BaseException) -> bool:
+    """Whether the server says that it ends the session: class 57P, it shuts down."""
+    return isinstance(error, psycopg.OperationalError) and (error.sqlstate or "").startswith("57P")
+
+
 class Connection(psycopg.Connection[DictRow]):
     """One session.
 
@@ -49,6 +69,14 @@ class Connection(psycopg.Connection[DictRow]):
         :raises OperationalError: the server is silent. The connection is closed then.
         """
         return super().wait(impatient(gen, self.patience, self.clock, self._arrived, self.close), *args, **kwargs)
+
+    @contextmanager
+    def pipeline(self) -> Iterator[psycopg.Pipeline]:
+        """As psycopg's, of our own kind."""
+        if self._pipeline is None and not self.closed:
+            self._pipeline = Pipeline(self)
+        with super().pipeline() as pipeline:
+            yield pipeline
 
     def _arrived(self, wants: int) -> bool:
         with DefaultSelector() as selector:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 import redis
 from celery import chain, chord
@@ -19,7 +20,7 @@ from patchpilot.clock import FakeClock
 from patchpilot.errors import Transient
 from patchpilot.lab.processes import until
 from patchpilot.lab.roster import Roster
-from patchpilot.postgres.connection import QUIET, Database
+from patchpilot.postgres.connection import QUIET, Connection, Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.conftest import shop_on
 from tests.support.frozen import Freezable, freezable
@@ -90,6 +91,24 @@ def test_a_transaction_is_not_either(postgres: Freezable) -> None:
             until(lambda: _answers(database), seconds=WAIT, what="it answered")
             with postgres.frozen(), pytest.raises(Transient, match="no answer for 1 s"):
                 database.run(lambda connection: connection.execute("SELECT 1"), pipelined=pipelined)
+
+
+@pytest.mark.skipif(not psycopg.Pipeline.is_supported(), reason="this libpq has no pipelines")
+def test_a_connection_that_is_lost_in_the_middle_is_told_of_once(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By us. psycopg would add a line for each pipeline that is left."""
+    caplog.set_level("DEBUG")
+    lost: list[bool] = []
+
+    def work(connection: Connection) -> int:
+        connection.execute("SELECT 1")
+        if not lost:
+            lost.append(True)
+            connection.execute("SELECT pg_terminate_backend(pg_backend_pid())").fetchone()
+        return len(connection.execute("SELECT 1").fetchall())
+
+    with Database(dsn) as database:
+        assert database.run(work, pipelined=True) == 1
+    assert [record.name for record in caplog.records] == ["patchpilot.postgres.connection"]
 
 
 def test_what_takes_longer_than_the_budget_is_waited_for(postgres: Freezable) -> None:
