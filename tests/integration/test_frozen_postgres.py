@@ -232,15 +232,18 @@ def test_in_shadow_mode_the_application_notices_nothing(
     its own, and says so."""
     monkeypatch.setitem(app.conf, "patchpilot_mode", "shadow")
     monkeypatch.setitem(app.conf, "patchpilot_postgres_timeout", 600)
-    worker = hasty.worker("-c", "1", SHOP_MODE="shadow", SHOP_SETTINGS=json.dumps(HASTY))
+    worker = hasty.worker("-c", "1", SHOP_MODE="shadow")
     assert note.delay(0).get(timeout=WAIT) == 0
     backend = app.backend
-    backend.recorder.flush(WAIT)
+    with Database(hasty.dsn) as database:
+        backend.recorder.flush(WAIT)
+        until(lambda: not database.fetch("SELECT FROM patchpilot.outbox"), seconds=WAIT, what="its end was recorded")
     with postgres.frozen(), ThreadPoolExecutor(1) as threads:
         publishing = threads.submit(lambda: [note.delay(number) for number in range(40)])
         until(publishing.done, seconds=WAIT, what="forty messages were published")
         assert [result.get(timeout=WAIT) for result in publishing.result()] == list(range(40))
         until(lambda: "records dropped so far" in worker.output(), seconds=WAIT, what="the worker said so")
+        assert "no answer for 5 s" in worker.output()
         assert backend.recorder._waiting.unfinished_tasks > 0
     with Database(hasty.dsn) as database:
         backend.recorder.flush(WAIT)

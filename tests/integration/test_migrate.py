@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import psycopg
 import pytest
 
+from patchpilot.clock import FakeClock
 from patchpilot.errors import Corrupt, NeedsOperator, Transient
 from patchpilot.postgres.connection import Database
-from patchpilot.postgres.migrate import migrate, migrations
+from patchpilot.postgres.migrate import _LOCK, migrate, migrations
 
 
 def test_twice_is_once(dsn: str) -> None:
@@ -34,6 +36,38 @@ def test_at_once(dsn: str) -> None:
     assert sorted(applied) == [0] * 5 + [len(migrations())]
     for database in databases:
         database.close()
+
+
+WAITED_FOR = """
+SELECT 1 FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted
+"""
+
+
+class Hours(FakeClock):
+    """An hour passes each time that somebody asks while our lock is waited for. After five the lock is there."""
+
+    def __init__(self, holder: psycopg.Connection) -> None:
+        super().__init__()
+        self._holder = holder
+        self.passed = 0
+        holder.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
+
+    def monotonic(self) -> float:
+        if self._holder.execute(WAITED_FOR).fetchone():
+            self.passed += 1
+            self.sleep(3600)
+            if self.passed == 5:
+                self._holder.execute("SELECT pg_advisory_unlock(%s)", (_LOCK,))
+        return super().monotonic()
+
+
+def test_who_waits_for_another_migration_is_patient(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as holder:
+        clock = Hours(holder)
+        with Database(dsn, patience=10, clock=clock) as database:
+            assert migrate(database) == migrations()
+        assert clock.passed == 5
 
 
 def test_what_was_applied_must_not_change(dsn: str) -> None:

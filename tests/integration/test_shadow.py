@@ -118,6 +118,19 @@ def test_without_postgresql_the_application_notices_nothing(
         assert worker.process.poll() is None
 
 
+def test_what_goes_wrong_with_the_record_of_a_chord_is_not_its_senders_to_hear(
+    shadow: None, shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone_wrong(*_: object, **__: object) -> None:
+        raise LookupError("nobody foresaw this")
+
+    monkeypatch.setattr(app.backend.chords, "open", gone_wrong)
+    result = chord([add.s(1, 1)], total.s()).apply_async()
+    shop.worker("-c", "1")
+    assert result.get(timeout=30) == 2
+    assert "something was not recorded" in caplog.text
+
+
 # Its records are slow, and none is written before it ends.
 SCRIPT = """
 import atexit, threading

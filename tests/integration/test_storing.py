@@ -128,6 +128,7 @@ A_KEY = "json changes the key 7 (int) at ['kwargs']['tasks'][0]['kwargs']['label
         (chord([sent(SET, pickled=True)], sent("x")), None),
         (sent("x").set(link=[sent(SET, pickled=True)]), IN_THE_LINK),
         (sent("x", pickled=True).set(link=[sent(SET)]), IN_THE_LINK),
+        (chain(sent("x"), sent("x", pickled=True)).set(link=[sent(SET, pickled=True)]), IN_THE_LINK),
         (sent("x", pickled=True).set(link_error=sent(SET, pickled=True)), None),
     ],
 )
