@@ -31,6 +31,7 @@ from patchpilot import environ
 from patchpilot.dsn import readable_dsn, readable_endpoint
 from patchpilot.durations import ago, as_duration, long_enough_to_be_dead, parse_duration
 from patchpilot.errors import Usage
+from patchpilot.kombu_options import ascending, installed
 from patchpilot.legible import illegible
 
 DEFAULT_FILE = Path("patchpilot.toml")
@@ -194,7 +195,7 @@ class Purge(_Section):
 class Celery(_Section):
     """What recovery must know of the Celery application; its routing and serialisers are recorded with each chord."""
 
-    accept_content: tuple[str, ...] = ("json",)
+    accept_content: Annotated[tuple[str, ...], AfterValidator(installed)] = ("json",)
     """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
     results: SecretStr | None = None
     """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
@@ -207,7 +208,7 @@ class Celery(_Section):
     """``fanout_prefix`` of the broker transport options, if the application sets one."""
     sep: Annotated[str, Field(min_length=1)] = "\x06\x16"
     """``sep`` of the broker transport options, if the application sets one."""
-    priority_steps: tuple[int, ...] = ()
+    priority_steps: Annotated[tuple[int, ...], AfterValidator(ascending)] | None = None
     """``priority_steps`` of the broker transport options, if the application sets some."""
 
     @field_validator("fanout_prefix")

@@ -11,7 +11,7 @@ import typer
 
 from patchpilot import __version__
 from patchpilot.cli import approving, asking, chords, db, lab
-from patchpilot.cli.blanks import refuse_blanks
+from patchpilot.cli.blanks import refuse_blanks, refuse_unreadable
 from patchpilot.cli.console import say
 from patchpilot.cli.plan import plan
 from patchpilot.cli.preflight import preflight
@@ -69,6 +69,7 @@ def run_app(arguments: Sequence[str] | None = None, prog_name: str | None = None
     """Run the command line and return its exit code. Never a traceback, unless PATCHPILOT_DEBUG asks for one."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        refuse_unreadable(arguments)
         refuse_blanks(arguments)
         outcome = app(arguments, prog_name, standalone_mode=False)
     except PatchpilotError as error:

@@ -44,12 +44,12 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
         update={
             "postgres": Postgres(dsn=SecretStr(site.dsn)),
             "clusters": {NAME: broker},
-            "celery": CelerySettings(
+            "celery": CelerySettings.model_construct(  # what the application works with is not refused here
                 accept_content=site.accept_content,
                 control_exchange=site.control_exchange,
                 fanout_prefix=site.fanout_prefix,
                 sep=site.sep,
-                priority_steps=site.priority_steps,
+                priority_steps=site.priority_steps or None,
             ),
             "recovery": settings.recovery.model_copy(update=ages),
             "purge": settings.purge.model_copy(update={"retention": config.retention}),

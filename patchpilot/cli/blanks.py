@@ -1,4 +1,4 @@
-"""Words of the command line that are empty: what a shell makes of a variable that nobody set."""
+"""Words of the command line that no command can do anything with."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def refuse_blanks(arguments: Sequence[str]) -> None:
         if is_option and not value.strip():
             what = f"{option} has an empty value" if option.startswith("-") else "an argument is empty"
             raise Usage(f"{what}: is a variable not set? Give it a value, or leave it out")
+
+
+def refuse_unreadable(arguments: Sequence[str]) -> None:
+    """See to it that every word is a text: one that is not can be neither looked up nor printed.
+
+    :raises Usage: one is none.
+    """
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise Usage(f"{word!a} is no UTF-8: give it in the encoding of this terminal, UTF-8") from None

@@ -51,7 +51,7 @@ def site(settings: Settings, cluster: str) -> Site:
         fanout_prefix=settings.celery.fanout_prefix,
         broker=settings.cluster(cluster).broker_name,
         sep=settings.celery.sep,
-        priority_steps=settings.celery.priority_steps,
+        priority_steps=settings.celery.priority_steps or (),
     )
 
 

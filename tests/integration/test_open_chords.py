@@ -84,6 +84,15 @@ def test_a_lost_message_of_a_chord_that_goes_on_is_not_too_old_to_be_looked_at(s
     assert (found.diagnosis, len(found.messages), look.quiet.messages_outside.old) == ("header-message-lost", 2, 0)
 
 
+def test_an_old_message_of_no_chord_is_too_old_also_beside_chords_that_are_looked_at(shop: Shop) -> None:
+    task = add.delay(1, 1)
+    chord([add.s(1, 1)], total.s()).apply_async()
+    with Database(shop.dsn) as database, Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        database.execute("UPDATE patchpilot.outbox SET sent_at = now() - interval '2 d' WHERE task_id = %s", (task.id,))
+        quiet = recovery.look(Window(timedelta(0), timedelta(days=1))).quiet
+    assert (quiet.chords["at-work"], quiet.messages_outside.old) == (1, 1)
+
+
 def test_a_header_that_may_still_be_pushed_is_as_old_as_the_last_return_to_its_chord(
     shop: Shop, broker: redis.Redis
 ) -> None:

@@ -134,6 +134,61 @@ def test_what_changes_hands_while_recovery_looks_is_in_somebody_s(
     assert recovery.survey(NOW) == ()
 
 
+def test_what_another_recovery_has_sent_again_meanwhile_is_left_to_it(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = add.delay(1, 1).id
+    broker.delete("celery")
+    assert told(recovery.survey(NOW)) == [(task, "message-lost", True)]
+
+    def meanwhile(*args: Any) -> hands.Hands:
+        with Database(shop.dsn) as database:
+            database.execute("UPDATE patchpilot.outbox SET resends = resends + 1")
+        return hands.ask(*args)
+
+    monkeypatch.setattr(evidence, "ask", meanwhile)
+    assert recovery.survey(NOW) == ()
+
+
+def test_what_has_been_running_for_long_does_not_tell_that_its_header_is_being_pushed(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    gate = shop.directory / "gate"
+    header = [hold.s(1, str(gate)), add.s(1, 1).set(queue="elsewhere")]
+    result = chord(header, total.s()).apply_async().parent
+    broker.delete("elsewhere")
+    shop.worker("-c", "1")
+    shop.await_line("hold began")
+    lost = [(result.id, "header-message-lost", True)]
+    until(lambda: told(recovery.survey(NOW)) == lost, seconds=30, what="it had begun before recovery looked")
+    gate.touch()
+
+
+@pytest.mark.parametrize(("dead_after", "diagnosis"), [(10, "message-lost"), (60, "unknown")])
+def test_how_long_a_worker_may_be_silent_the_site_says(
+    shop: Shop, broker: redis.Redis, dead_after: int, diagnosis: str
+) -> None:
+    task = add.delay(1, 1).id
+    broker.delete("celery")
+    site = Site(shop.broker, shop.dsn, dead_after=timedelta(seconds=dead_after))
+    with Database(shop.dsn) as database, Recovery(site) as recovery:
+        database.execute(
+            """INSERT INTO patchpilot.worker (instance, name, seen_at)
+               VALUES (gen_random_uuid(), 'silent', now() - interval '30 s')"""
+        )
+        assert told(recovery.survey(NOW)) == [(task, diagnosis, diagnosis == "message-lost")]
+
+
+def test_what_is_only_watched_is_never_taken(shop: Shop) -> None:
+    add.delay(1, 1)
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("UPDATE patchpilot.outbox SET shadow = true RETURNING message_id::text, resends")
+        asked = {"message_ids": [row["message_id"]], "resends": [row["resends"]]}
+        assert database.fetch(evidence.SQL["take"], asked) == []
+        database.execute("UPDATE patchpilot.outbox SET shadow = false")
+        assert len(database.fetch(evidence.SQL["take"], asked)) == 1
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_topic_exchange_that_another_process_declared_is_known_by_its_bindings(
     shop: Shop, broker: redis.Redis, *, taken: bool

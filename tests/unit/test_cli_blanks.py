@@ -50,3 +50,12 @@ def test_so_is_an_empty_argument() -> None:
 
 def test_anything_else_is_the_commands_own_business() -> None:
     refuse_blanks(["run", "--plan", "x", "--waive=a", "--reason=a=", "--dry-run", "--", "-"])
+
+
+def test_what_is_no_utf_8_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["chords", "show", "a\udce9"], ["recover", "--config=\udce9.toml"]):
+        assert run_app(arguments) == Exit.USAGE
+        printed = capsys.readouterr()
+        assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+        assert r"\udce9" in printed.err
+        assert "is no UTF-8" in printed.err

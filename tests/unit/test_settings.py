@@ -62,6 +62,25 @@ def test_the_fanout_prefix_from_the_environment(text: str, value: bool | str, mo
     assert load(ROOT / "config/patchpilot.example.toml").celery.fanout_prefix == value
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('accept_content = ["json", "nope"]', "no serialiser 'nope' here"),
+        ("priority_steps = []", "from the lowest to the highest"),
+        ("priority_steps = [-1]", "none below 0"),
+        ("priority_steps = [3, 1]", "from the lowest to the highest"),
+        ("priority_steps = [3, 3]", "from the lowest to the highest"),
+    ],
+)
+def test_what_no_application_has_is_refused(tmp_path: Path, line: str, why: str) -> None:
+    path = tmp_path / "patchpilot.toml"
+    path.write_text(f"[celery]\n{line}\n")
+    with pytest.raises(Usage, match=re.escape(why)):
+        load(path)
+    path.write_text('[celery]\naccept_content = ["json", "pickle", "application/json"]\npriority_steps = [0, 5]\n')
+    assert load(path).celery.priority_steps == (0, 5)
+
+
 def test_what_the_example_comments_out_can_be_commented_in(tmp_path: Path) -> None:
     text = (ROOT / "config/patchpilot.example.toml").read_text()
     block = re.search(r"# (\[runbook\.abort_metric\]\n(?:# .+\n)+)", text)
