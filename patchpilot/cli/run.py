@@ -20,8 +20,7 @@ from patchpilot.dsn import mask
 from patchpilot.engine.journal import RunRecord
 from patchpilot.engine.requests import hold
 from patchpilot.engine.runner import Progress, Runner
-from patchpilot.errors import Blocked, Exit, LeaseLost, PatchpilotError, Usage
-from patchpilot.phases.notes import clock_time
+from patchpilot.errors import Exit, LeaseLost, PatchpilotError, Usage
 from patchpilot.phases.order import Order, settle
 from patchpilot.phases.proposal import aim_of
 from patchpilot.postgres import journal as journals
@@ -29,10 +28,6 @@ from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import RunJournal
 from patchpilot.settings import Settings
-
-AFTER_STOP = timedelta(hours=12)
-"""For so long after a run was stopped, nobody starts anew without saying what to do: least of all a scheduler that
-takes exit code 8 for a failure, and tries again."""
 
 Asked = Mapping[str, str | None]
 """The options that say what to do, by the names of :class:`patchpilot.phases.order.Order`."""
@@ -61,9 +56,6 @@ def run(
     the same command takes it up where it was, and the operation is started once. Ctrl-C and SIGTERM stop it at the
     next checkpoint, with exit code 4. One run per cluster: a second one exits at once with code 6. `patchpilot stop`,
     `pause`, `resume` and `approve` reach it from any host.
-
-    Within twelve hours of a run that was stopped (exit code 8) a new one has to be told what to do, by --update,
-    --plan, --approve-before or --operation; else it is refused with exit code 5, so that no retry undoes the stop.
     """
     command = replace(command, asked={**command.asked, "plan": plan, "approve_before": approve_before})
     waits = {
@@ -80,8 +72,6 @@ def run(
     ):
         planned = {} if plan is None else _planned(database, settings.environment, cluster, plan)
         given = {name: value for name, value in command.asked.items() if value is not None}
-        if not given:
-            _refuse_to_undo_a_stop(database, settings.environment, cluster)
         pilot = _Pilot(settings, cluster, database, command.output, command.waivers, waits)
         return pilot.fly({**aim_of(planned), **given}, stop)
 
@@ -92,20 +82,6 @@ def _planned(database: Database, environment: str, cluster: str, plan: str) -> d
     if found is None:
         raise Usage(f"there is no plan {plan} for cluster {cluster!r}: make one with `patchpilot plan`")
     return found
-
-
-def _refuse_to_undo_a_stop(database: Database, environment: str, cluster: str) -> None:
-    """See to it that a command which does not say what to do does not begin again what was stopped a short while ago.
-
-    :raises Blocked: it would.
-    """
-    if stopped := journals.stopped_lately(database, environment, cluster, AFTER_STOP):
-        run_id, at = stopped
-        raise Blocked(
-            f"run {run_id} of cluster {cluster!r} was stopped at {clock_time(at)}, and another run would start what "
-            "was stopped: if that is meant, say what to do with --update NAME, --plan DIGEST, --approve-before trigger "
-            f"or --operation KIND (until {clock_time(at + AFTER_STOP)})"
-        )
 
 
 class _Pilot:

@@ -224,15 +224,6 @@ def _held(asked: dict[str, Any], run_id: str, lease: Lease) -> str:
     )
 
 
-def stopped_lately(
-    database: Database, environment: str, cluster: str, within: timedelta
-) -> tuple[str, datetime] | None:
-    """The id and the end of the cluster's last run, if it was aborted less than so long ago."""
-    asked = {"environment": environment, "cluster": cluster, "within": within}
-    rows = database.fetch(queries("journal")["stopped_lately"], asked)
-    return (rows[0]["id"], rows[0]["finished_at"]) if rows else None
-
-
 def runs(
     database: Database, environment: str | None = None, cluster: str | None = None, *, limit: int = 50
 ) -> tuple[Run, ...]:

@@ -14,20 +14,19 @@ from patchpilot.cli import asking
 from patchpilot.cli.approving import approve
 from patchpilot.cli.console import Output
 from patchpilot.cli.report import Format, report
-from patchpilot.cli.run import AFTER_STOP, _Pilot, _refuse_to_undo_a_stop
+from patchpilot.cli.run import _Pilot
 from patchpilot.cli.status import status
 from patchpilot.engine.journal import Kind
 from patchpilot.engine.requests import Ask, approval, hold, stop
-from patchpilot.errors import Blocked, Exit, NothingToDo
+from patchpilot.errors import NothingToDo
 from patchpilot.phases.order import Kind as Do
 from patchpilot.phases.order import Order, settle
 from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.holder import Holder
-from patchpilot.postgres.journal import RunJournal, find_run, open_run, stopped_lately
+from patchpilot.postgres.journal import RunJournal, find_run, open_run
 from patchpilot.settings import Cluster, Settings
 from tests.integration.test_journal import Forgetful
-from tests.support.commands import patchpilot
 
 KEY = "0123456789abcdef"
 PROPOSAL = {
@@ -227,24 +226,3 @@ def test_a_run_that_is_held_to_a_plan_waits_as_that_says_however_it_is_taken_up(
     assert grace(held) == 9
     assert grace(held, grace=timedelta(seconds=7)) == 7
     assert grace(Order()) == 300
-
-
-def test_no_retry_undoes_a_stop(database: Database, config: Path) -> None:
-    def refuse() -> None:
-        _refuse_to_undo_a_stop(database, "default", "broker")
-
-    refuse()
-    with begin(database) as first:
-        refuse()  # it is taken up
-        first.append(Kind.FINISHED, data={"outcome": "aborted", "why": "enough"})
-        refuse()  # it is taken up once more, to say how it ended, should this process die now
-    with pytest.raises(Blocked, match=rf"run {first.run_id} .* was stopped at .* --update NAME"):
-        refuse()
-    retried = patchpilot("run", "--cluster", "broker", "--config", config)
-    assert (retried.returncode, retried.stdout) == (Exit.BLOCKED, "")
-    assert find_run(database, first.run_id).lease  # nothing was begun
-    assert stopped_lately(database, "default", "broker", timedelta()) is None
-    assert stopped_lately(database, "default", "pages", AFTER_STOP) is None
-    with begin(database) as second:
-        second.append(Kind.FINISHED, data={"outcome": "done"})
-    refuse()

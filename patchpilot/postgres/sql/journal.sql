@@ -17,13 +17,6 @@ WHERE environment = %(environment)s AND cluster = %(cluster)s
 ORDER BY run.finished_at NULLS FIRST
 LIMIT 1
 
--- name: stopped_lately
--- The cluster's last run, if it was stopped; not one that the same command takes up to say so once more.
-SELECT run.id, run.finished_at FROM patchpilot.run
-JOIN patchpilot.lease ON lease.run_id = run.id
-WHERE lease.environment = %(environment)s AND lease.cluster = %(cluster)s AND lease.released
-  AND run.outcome = 'aborted' AND run.finished_at > now() - %(within)s
-
 -- name: make_run
 INSERT INTO patchpilot.run (id, environment, cluster) VALUES (%(run_id)s, %(environment)s, %(cluster)s)
 
