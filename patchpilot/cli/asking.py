@@ -56,6 +56,9 @@ def stop(
     The run asks AWS to stop the service update: nodes in progress are finished, nothing is rolled back. Then it goes
     on to grace, recovery and verification, and ends with exit code 8. Before anything was triggered it just ends. If
     no process works on the run at the moment, it does so when the same `patchpilot run` command is given again.
+
+    Once it has ended, another `patchpilot run` starts anew and applies the update after all: a scheduler must not try
+    again on exit code 8.
     """
     with database_of(config) as (settings, database):
         run = Run(settings, cluster, database)
