@@ -239,10 +239,10 @@ def test_what_somebody_sends_again_meanwhile_is_not_ended(
     broker.delete("elsewhere")
     revoke = Remedies._revoke
 
-    def late(self: Remedies, *args: Any) -> None:
+    def late(self: Remedies, *args: Any) -> set[str]:
         with Database(shop.dsn) as database:
             database.execute("UPDATE patchpilot.outbox SET resends = resends + 1")
-        revoke(self, *args)
+        return revoke(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Remedies, "_revoke", late)
