@@ -228,8 +228,8 @@ def test_what_follows_runs_once_however_the_task_before_it_came_to_its_end(shop:
     worker = shop.worker("-c", "1")
     dropped = 3 + 1 + 1 + 1  # three links, and what comes next in each chain
     until(lambda: worker.output().count("is not run again") >= dropped, seconds=60, what="the second ones were dropped")
-    for line in ("last 2", "link of the tail 5", "tail None", "tail 5"):
-        shop.await_line(line)
+    for line, count in (("last 2", 1), ("link of the tail 5", 1), ("tail None", 1), ("tail 5", 2)):
+        shop.await_line(line, count=count)
     shop.stop()
     twice = ["add 1 1", "add 3 1", "replaced began", "replaced ended", "stubborn 0", "stubborn 1"]
     once = [
