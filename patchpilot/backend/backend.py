@@ -6,8 +6,7 @@ backend for connecting, key names and serialising, and replaces whatever a failo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from patchpilot.backend import canary, errbacks
 from patchpilot.backend.chords import Chords, Waiting, waiting
 from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
+from patchpilot.backend.ending import left_to_recovery
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
@@ -199,7 +199,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         if request is not None and state == states.SUCCESS:
             request.patchpilot_done = task_id  # its result, its part, its message and its start go in one statement
         done = partial(super().mark_as_done, task_id, result, request, store_result, state)
-        with _left_to_recovery(task_id, request):
+        with left_to_recovery(task_id, request):
             try:
                 done()
             except SoftTimeLimitExceeded:  # it strikes once, and the task's body has ended in time
@@ -218,7 +218,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             # message stays in the outbox, and recovery sends it again once the lease of the dead process is over.
             logger.error("Callback %s is left to recovery: its process was killed", task_id)
             return
-        with _left_to_recovery(task_id, request):
+        with left_to_recovery(task_id, request):
             super().mark_as_failure(task_id, exc, *args, **kwargs)
             self._ended_outside(request)
 
@@ -233,7 +233,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def mark_as_revoked(self, task_id: str, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
-        with _left_to_recovery(task_id, request):
+        with left_to_recovery(task_id, request):
             super().mark_as_revoked(task_id, *args, **kwargs)
             self._ended_outside(request)
 
@@ -368,19 +368,6 @@ class Backend(RedisBackend):  # type: ignore[misc]
             self._on_repetition(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not change how the task ended
             logger.error("Chord %s is left to recovery: %r", request.group, error)  # noqa: TRY400
-
-
-@contextmanager
-def _left_to_recovery(task_id: str, request: Any) -> Iterator[None]:
-    """A task has ended, and PostgreSQL is away for longer than anybody waits. That must not change how it ended, and
-    Celery would call it failed if it heard of this. Its message stays in the outbox, so recovery sends it again."""
-    try:
-        yield
-    except PatchpilotError as error:
-        if request is None:
-            raise
-        request.patchpilot_keep = True
-        logger.error("Task %s is left to recovery, its end was not recorded: %s", task_id, error)  # noqa: TRY400
 
 
 def _on_postrun(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:

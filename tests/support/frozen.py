@@ -19,6 +19,7 @@ class Freezable:
     """The server."""
 
     def __init__(self, directory: Path, roster: Roster) -> None:
+        self._roster = roster
         self.server = Postgres(directory, roster=roster, name=f"freezable-{uuid.uuid4().hex[:8]}")
 
     def database(self) -> str:
@@ -35,9 +36,13 @@ class Freezable:
         for process in stopped:
             with suppress(psutil.NoSuchProcess):
                 process.suspend()
+        # Should this process be killed: the server's end alone would leave those behind that stand still.
+        children = [self._roster.add(f"frozen-{it.pid}", it.pid) for it in stopped[1:] if it.is_running()]
         try:
             yield
         finally:
+            for child in children:
+                self._roster.drop(child)
             for process in stopped:
                 with suppress(psutil.NoSuchProcess):
                     process.resume()
