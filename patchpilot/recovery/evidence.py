@@ -166,9 +166,9 @@ class Collector:
         found = self._database.fetch(SQL["open_chords"], asked)
         chords = tuple(_chord(row) for row in found if row["group_id"] is not None)
         span["group_ids"] = [it.group_id for it in chords]
-        rows = self._database.fetch(SQL["messages"], span)
-        # What was not looked at is counted after what was: it may have moved into view, and never out of it.
-        outside = Outside(found[0]["young"], found[0]["old"]), Outside(**self._database.fetch(SQL["outside"], span)[0])
+        listed = self._database.fetch(SQL["messages"], span)
+        rows = [row for row in listed if row["message_id"] is not None]
+        outside = _outside(found), _outside(listed)
         at_the_end = self._at_the_end(chords)
         looked_at = self._clock.monotonic()
         first = self._holdings(rows)
@@ -238,6 +238,10 @@ class Collector:
         message_ids = {row["message_id"] for row in unseen}
         task_ids = {row["task_id"] for row in unseen}.union(*at_the_end.values())
         return ask(asking, message_ids, task_ids)
+
+
+def _outside(rows: list[Row]) -> Outside:
+    return Outside(rows[0]["young"], rows[0]["old"])
 
 
 def _dispatch(row: Row) -> datetime:

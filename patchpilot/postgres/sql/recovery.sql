@@ -58,9 +58,10 @@ UPDATE patchpilot.chord SET distrusted = true
 WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 
 -- name: messages
--- Every message whose task has not ended, as far as PostgreSQL knows. Without a result only its part tells that a header
--- task has ended; it is of this sending if it returned after it. What tells that a task has ended does not tell which of
--- two of them that share an id in one header, so each of their messages stands until all their parts are here.
+-- Every message whose task has not ended, as far as PostgreSQL knows; and how many are too young or too old to be looked
+-- at. There is always a row: with no message_id if there is nothing to look at. Without a result only its part tells that
+-- a header task has ended; it is of this sending if it returned after it. What tells that a task has ended does not tell
+-- which of two of them that share an id in one header, so each of their messages stands until all their parts are here.
 WITH part AS (
     SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at, max(p.position) AS place,
            max(p.position) FILTER (WHERE p.returned_at IS NOT NULL) AS returned_place
@@ -72,72 +73,61 @@ WITH part AS (
     GROUP BY open_group.group_id, p.task_id
 ), reached AS (
     SELECT group_id, max(returned_at) AS returned_at, max(returned_place) AS place FROM part GROUP BY group_id
+), progress AS (
+    -- A header is pushed in its order, and that may take long. As long as parts return, and none has that comes behind
+    -- this one, it may still be on its way from the producer: so it is as old as the last return.
+    SELECT o.message_id, o.group_id, part.returned_at,
+           CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at
+    FROM patchpilot.outbox o
+    LEFT JOIN part ON part.group_id = o.group_id AND part.task_id = o.task_id
+    LEFT JOIN reached ON reached.group_id = o.group_id
+    WHERE o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[])
+), looked_at AS (
+    SELECT message_id, returned_at, at FROM progress
+    WHERE at <= now() - %(min_age)s
+      -- The message of a chord that goes on without it is never too old.
+      AND (at >= now() - %(max_age)s OR group_id = ANY(%(group_ids)s::text[]))
 )
-SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
-       o.sent_at, o.resends, o.pushes, o.shadow, o.expires < now() AS expired, now() - progress.at AS age,
-       coalesce(f.finished, false)
-       OR ((r.task_id IS NOT NULL OR coalesce(part.returned_at >= o.recorded_at, false)) AND NOT EXISTS (
-           SELECT FROM patchpilot.chord_part p
-           JOIN patchpilot.chord_part same USING (group_id, task_id)
-           WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL AND same.position <> p.position
-       )) AS ended,
-       coalesce(f.running, false) AS running, f.started,
-       EXISTS (
-           SELECT FROM patchpilot.chord_part p
-           WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
-       ) AS awaited
-FROM patchpilot.outbox o
--- With a limit: one look into the index for each message, however many results there are.
-LEFT JOIN LATERAL (
-    SELECT result.task_id FROM patchpilot.result
-    WHERE result.task_id = o.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-      AND result.stored_at >= o.recorded_at
-    LIMIT 1
-) r ON true
-LEFT JOIN LATERAL (
-    SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
-           bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running, count(*) > 0 AS started
-    FROM patchpilot.fence
-    WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
-) f ON true
-LEFT JOIN part ON part.group_id = o.group_id AND part.task_id = o.task_id
-LEFT JOIN reached ON reached.group_id = o.group_id
--- A header is pushed in its order, and that may take long. As long as parts return, and none has that comes behind this
--- one, it may still be on its way from the producer: so it is as old as the last return.
-CROSS JOIN LATERAL (
-    SELECT CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at
-) progress
-WHERE progress.at <= now() - %(min_age)s
-  -- The message of a chord that goes on without it is never too old.
-  AND (progress.at >= now() - %(max_age)s OR o.group_id = ANY(%(group_ids)s::text[]))
-  AND (o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[]))
-ORDER BY o.sent_at, o.message_id
-
--- name: outside
--- How many messages are too young or too old to be looked at, by the same reckoning.
-WITH part AS (
-    SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at, max(p.position) AS place,
-           max(p.position) FILTER (WHERE p.returned_at IS NOT NULL) AS returned_place
-    FROM (SELECT DISTINCT group_id FROM patchpilot.outbox WHERE group_id IS NOT NULL) open_group
-    CROSS JOIN LATERAL (
-        SELECT task_id, returned_at, position FROM patchpilot.chord_part WHERE group_id = open_group.group_id
-        OFFSET 0  -- group by group, by their index: never through all that was ever run
-    ) p
-    GROUP BY open_group.group_id, p.task_id
-), reached AS (
-    SELECT group_id, max(returned_at) AS returned_at, max(returned_place) AS place FROM part GROUP BY group_id
-)
-SELECT count(*) FILTER (WHERE progress.at > now() - %(min_age)s) AS young,
-       count(*) FILTER (
-           WHERE progress.at < now() - %(max_age)s AND NOT coalesce(o.group_id = ANY(%(group_ids)s::text[]), false)
-       ) AS old
-FROM patchpilot.outbox o
-LEFT JOIN part ON part.group_id = o.group_id AND part.task_id = o.task_id
-LEFT JOIN reached ON reached.group_id = o.group_id
-CROSS JOIN LATERAL (
-    SELECT CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at
-) progress
-WHERE o.broker IS NULL OR o.broker = ANY(%(brokers)s::text[])
+SELECT outside.*, found.*
+FROM (
+    SELECT count(*) FILTER (WHERE at > now() - %(min_age)s) AS young,
+           count(*) FILTER (
+               WHERE at < now() - %(max_age)s AND NOT coalesce(group_id = ANY(%(group_ids)s::text[]), false)
+           ) AS old
+    FROM progress
+) outside
+LEFT JOIN (
+    SELECT o.message_id::text, o.task_id, o.task_name, o.group_id, o.callback_of, o.exchange, o.routing_key, o.queue,
+           o.sent_at, o.resends, o.pushes, o.shadow, o.expires < now() AS expired, now() - looked_at.at AS age,
+           coalesce(f.finished, false)
+           OR ((r.task_id IS NOT NULL OR coalesce(looked_at.returned_at >= o.recorded_at, false)) AND NOT EXISTS (
+               SELECT FROM patchpilot.chord_part p
+               JOIN patchpilot.chord_part same USING (group_id, task_id)
+               WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
+                 AND same.position <> p.position
+           )) AS ended,
+           coalesce(f.running, false) AS running, f.started,
+           EXISTS (
+               SELECT FROM patchpilot.chord_part p
+               WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
+           ) AS awaited
+    FROM looked_at
+    JOIN patchpilot.outbox o USING (message_id)
+    -- With a limit: one look into the index for each message, however many results there are.
+    LEFT JOIN LATERAL (
+        SELECT result.task_id FROM patchpilot.result
+        WHERE result.task_id = o.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+          AND result.stored_at >= o.recorded_at
+        LIMIT 1
+    ) r ON true
+    LEFT JOIN LATERAL (
+        SELECT bool_or(fence.finished_at IS NOT NULL) AS finished,
+               bool_or(fence.finished_at IS NULL AND fence.lease_until > now()) AS running, count(*) > 0 AS started
+        FROM patchpilot.fence
+        WHERE fence.scope = o.scope AND fence.task_id = o.task_id AND fence.attempt = o.attempt
+    ) f ON true
+) found ON true
+ORDER BY found.sent_at, found.message_id
 
 -- name: last_parts
 -- The tasks that would finish these chords, or return a part to them: those that returned last, and those that ended
