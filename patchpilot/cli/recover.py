@@ -32,7 +32,7 @@ from patchpilot.recovery.findings import KINDS, Kind
 from patchpilot.recovery.inventory import Elsewhere
 from patchpilot.recovery.plan import Plan, as_data
 from patchpilot.recovery.plan import read as read_plan
-from patchpilot.recovery.quiet import headline, rest
+from patchpilot.recovery.quiet import headline, many, rest
 from patchpilot.settings import Settings
 
 
@@ -207,7 +207,8 @@ def _once(
 def say_elsewhere(elsewhere: tuple[Elsewhere, ...]) -> None:
     """Say that there are other brokers."""
     for each in elsewhere:
-        say(f"not looked at: {each.chords} open chords and {each.messages} messages of another broker, {each.broker}")
+        what = f"{many(each.chords, 'open chord')} and {many(each.messages, 'message')}"
+        say(f"not looked at: {what} of another broker, {each.broker}")
 
 
 def _kinds(only: str | None) -> tuple[Kind, ...]:

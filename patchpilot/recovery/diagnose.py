@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Generic, TypeVar
 
 from patchpilot.recovery.evidence import Chord, Evidence, Message, Where
-from patchpilot.recovery.findings import Finding, Kind, Remedy
+from patchpilot.recovery.findings import KINDS, Finding, Kind, Remedy
 from patchpilot.recovery.quiet import Hands, Quiet
 
 T = TypeVar("T")
@@ -244,12 +244,19 @@ def quiet(evidence: Evidence) -> Quiet:
     """What is open and not worth telling one by one, in numbers."""
     rules = {header.chord.group_id: first(CHORDS, header) for header in headers(evidence)}
     at_work = {group_id for group_id, rule in rules.items() if rule.name == "at-work"}
-    where = Counter((message.where, message.group_id in at_work) for message in evidence.messages)
-    of_headers, others = (Hands(where[Where.QUEUED, it], where[Where.HELD, it]) for it in (True, False))
+    where = Counter((_kind_of(message, at_work), message.where) for message in evidence.messages)
+    of_chords, of_callbacks, of_tasks = (Hands(where[it, Where.QUEUED], where[it, Where.HELD]) for it in KINDS)
     return Quiet(
-        Counter(rule.name for rule in rules.values() if not rule.report), of_headers, others,
+        Counter(rule.name for rule in rules.values() if not rule.report), of_chords, of_callbacks, of_tasks,
         evidence.outside, evidence.messages_outside,
     )  # fmt: skip
+
+
+def _kind_of(message: Message, at_work: Collection[str]) -> Kind:
+    """Of what a message is, if nobody has to be told of it: what belongs to a chord at work is part of that."""
+    if message.group_id in at_work:
+        return "chord"
+    return "task" if message.callback_of is None else "callback"
 
 
 def headers(evidence: Evidence) -> Iterator[Header]:

@@ -41,8 +41,10 @@ class Quiet:
     """Open chords whose diagnosis is no finding, by that diagnosis."""
     headers: Hands = field(default_factory=Hands)
     """Messages of the headers of chords at work."""
-    others: Hands = field(default_factory=Hands)
-    """Messages of callbacks, and of tasks that are in no such header."""
+    callbacks: Hands = field(default_factory=Hands)
+    """Messages of callbacks."""
+    tasks: Hands = field(default_factory=Hands)
+    """Messages of tasks that are in no such header and no callbacks."""
     outside: Outside = field(default_factory=Outside)
     """Open chords."""
     messages_outside: Outside = field(default_factory=Outside)
@@ -87,11 +89,12 @@ def _open(quiet: Quiet, kinds: Collection[Kind]) -> Iterator[str]:
         numbers[STANDING[diagnosis]] += number
     for standing, number in sorted(numbers.items()) if "chord" in kinds else ():
         where = "" if standing != STANDING["at-work"] else f"; messages of their headers: {quiet.headers}"
-        yield f"open: {_many(number, 'chord')} {standing}{where}"
-    number = quiet.others.queued + quiet.others.held
-    if number and {*kinds} != {"chord"}:
-        yield f"open: {_many(number, 'message')} of callbacks and other tasks: {quiet.others}"
-    if quiet.headers.queued + quiet.others.queued and not quiet.headers.held + quiet.others.held:
+        yield f"open: {many(number, 'chord')} {standing}{where}"
+    for kind, noun, hands in (("callback", "callback", quiet.callbacks), ("task", "other task", quiet.tasks)):
+        if kind in kinds and hands.queued + hands.held:
+            yield f"open: {many(hands.queued + hands.held, 'message')} of {noun}s: {hands}"
+    everywhere = (quiet.headers, quiet.callbacks, quiet.tasks)
+    if any(hands.queued for hands in everywhere) and not any(hands.held for hands in everywhere):
         yield "open: no worker has any of what is queued; if that stays so, look whether one consumes these queues"
 
 
@@ -108,10 +111,11 @@ def _not_looked_at(quiet: Quiet, window: Window, kinds: Collection[Kind]) -> Ite
     looked = (("chord", "chord" in kinds, quiet.outside), ("message", {*kinds} != {"chord"}, quiet.messages_outside))
     for noun, asked, outside in looked:
         if asked and outside.young:
-            yield f"not looked at: {_many(outside.young, noun)} with progress in the last {ago(window.min_age)}"
+            yield f"not looked at: {many(outside.young, noun)} with progress in the last {ago(window.min_age)}"
         if asked and outside.old:
-            yield f"not looked at: {_many(outside.old, noun)} without progress for {ago(window.max_age)}"
+            yield f"not looked at: {many(outside.old, noun)} without progress for {ago(window.max_age)}"
 
 
-def _many(number: int, noun: str) -> str:
+def many(number: int, noun: str) -> str:
+    """So many of these, as one says it."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

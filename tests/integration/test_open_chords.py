@@ -53,7 +53,8 @@ def test_open_chords_are_told_of_by_what_keeps_them_open(shop: Shop) -> None:
         patchpilot("recover", "--dry-run", "--min-age", "0s", "--output", "json", "--config", config).stdout
     )
     assert data["quiet"] == {
-        "chords": {"at-work": 2}, "headers": {"queued": 4, "held": 0}, "others": {"queued": 0, "held": 0},
+        "chords": {"at-work": 2}, "headers": {"queued": 4, "held": 0},
+        "callbacks": {"queued": 0, "held": 0}, "tasks": {"queued": 0, "held": 0},
         "outside": {"young": 0, "old": 1},
         "messages_outside": {"young": 0, "old": 2},
     }  # fmt: skip
@@ -66,7 +67,7 @@ def test_what_is_open_of_another_broker_is_not_called_well(shop: Shop) -> None:
     for arguments in (("recover",), ("recover", "--dry-run")):
         assert patchpilot(*arguments, "--config", configured(shop)).stderr.splitlines() == [
             "nothing is stuck of what was looked at",
-            "not looked at: 0 open chords and 1 messages of another broker, another:6379/0",
+            "not looked at: 0 open chords and 1 message of another broker, another:6379/0",
         ]
 
 

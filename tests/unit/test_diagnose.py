@@ -303,8 +303,9 @@ def test_messages_in_good_hands_are_counted_by_whose_they_are() -> None:
         message(Where.HELD, message_id="u"),
     )  # fmt: skip
     found = quiet(Evidence((chord(),), seen))
-    assert (found.headers, found.others) == (Hands(2, 1), Hands(1, 2))
-    assert quiet(Evidence((), seen)).others == Hands(3, 3)
+    assert (found.headers, found.callbacks, found.tasks) == (Hands(2, 1), Hands(1, 0), Hands(0, 2))
+    found = quiet(Evidence((), seen))
+    assert (found.headers, found.callbacks, found.tasks) == (Hands(), Hands(1, 0), Hands(2, 3))
 
 
 @given(evidence)

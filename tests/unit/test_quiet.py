@@ -30,22 +30,24 @@ def test_that_nothing_is_stuck_is_said_without_reserve_only_if_everything_was_lo
 
 def test_what_is_open_is_told_in_numbers() -> None:
     assert rest((), Quiet(), WINDOW) == ()
-    assert rest((), Quiet({"at-work": 130}, Hands(queued=512), Hands(queued=1)), WINDOW) == (
+    assert rest((), Quiet({"at-work": 130}, Hands(queued=512), tasks=Hands(queued=1)), WINDOW) == (
         "open: 130 chords under way; messages of their headers: 512 in queues, none with a worker",
-        "open: 1 message of callbacks and other tasks: 1 in queues, none with a worker",
+        "open: 1 message of other tasks: 1 in queues, none with a worker",
         "open: no worker has any of what is queued; if that stays so, look whether one consumes these queues",
     )
-    busy = Quiet({"at-work": 1, "finishing": 1, "being-dispatched": 1}, Hands(2, 3), Hands(0, 4))
-    of_chords, of_others = (
+    busy = Quiet({"at-work": 1, "finishing": 1, "being-dispatched": 1}, Hands(2, 3), Hands(1, 1), Hands(0, 4))
+    of_chords, of_callbacks, of_tasks = (
         (
             "open: 2 chords being finished",
             "open: 1 chord under way; messages of their headers: 2 in queues, 3 with workers",
         ),
-        ("open: 4 messages of callbacks and other tasks: 0 in queues, 4 with workers",),
+        ("open: 2 messages of callbacks: 1 in queues, 1 with workers",),
+        ("open: 4 messages of other tasks: 0 in queues, 4 with workers",),
     )
-    assert rest((), busy, WINDOW) == (*of_chords, *of_others)
+    assert rest((), busy, WINDOW) == (*of_chords, *of_callbacks, *of_tasks)
     assert rest((), busy, WINDOW, ["chord"])[:-1] == of_chords
-    assert rest((), busy, WINDOW, ["task"])[:-1] == of_others
+    assert rest((), busy, WINDOW, ["callback"])[:-1] == of_callbacks
+    assert rest((), busy, WINDOW, ["task"])[:-1] == of_tasks
 
 
 def test_what_was_not_looked_at_is_told_as_such() -> None:
