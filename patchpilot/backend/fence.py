@@ -24,6 +24,7 @@ from functools import wraps
 from typing import Any, LiteralString
 from uuid import uuid4
 
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery, signals
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject
@@ -121,7 +122,8 @@ class Fence:
 
         Without PostgreSQL nobody knows whether it ran: neither run it nor call it failed. Nor give its message back: if
         that was acknowledged early, Celery would drop it. And a claim that was given up may be carried out later: it is
-        ours only if the same owner asks again.
+        ours only if the same owner asks again. A soft time limit that strikes meanwhile is not heard of: it strikes
+        once, and is meant for work that has not begun.
 
         :raises Ignore: it has run already, or is running and on record.
         :raises Reject: it is running, not on record and not acknowledged yet: its message goes back to its queue.
@@ -130,19 +132,27 @@ class Fence:
         told = False
         while True:
             try:
-                if self._is_claimed(request, start):
+                reason = self._claim(request, start, acks_late=acks_late)
+                if reason is None:
                     return start
-                reason = "it runs elsewhere, and nothing would bring it back"
-            except PatchpilotError as error:
-                reason = str(error)
-            else:
-                if acks_late:
-                    SYSTEM.sleep(ASIDE)
-                    raise Reject(f"{request.id} runs elsewhere", requeue=True)
-            if not told:
-                logger.warning("%s[%s] waits before it starts: %s", request.task, request.id, reason)
-                told = True
-            SYSTEM.sleep(ASIDE)
+                if not told:
+                    logger.warning("%s[%s] waits before it starts: %s", request.task, request.id, reason)
+                    told = True
+                SYSTEM.sleep(ASIDE)
+            except SoftTimeLimitExceeded:
+                logger.warning("%s[%s] still waits, and begins without its soft time limit", request.task, request.id)
+
+    def _claim(self, request: Any, start: Start, *, acks_late: bool) -> str | None:
+        """Claim the start of a task. Why it has to wait; None if it may run."""
+        try:
+            if self._is_claimed(request, start):
+                return None
+        except PatchpilotError as error:
+            return str(error)
+        if not acks_late:
+            return "it runs elsewhere, and nothing would bring it back"
+        SYSTEM.sleep(ASIDE)
+        raise Reject(f"{request.id} runs elsewhere", requeue=True)
 
     def _is_claimed(self, request: Any, start: Start) -> bool:
         """Claim the start of a task. False if it runs elsewhere, and nothing would bring it back should that one die.

@@ -75,8 +75,12 @@ class Recorder:
 
         :param tries: how often, should it raise :class:`TooEarly`.
         """
-        if self._pid != os.getpid():  # a thread does not survive a fork
-            self._start()
+        try:
+            if self._pid != os.getpid():  # a thread does not survive a fork
+                self._start()
+        except RuntimeError as error:  # the interpreter is at its end, or no thread is to be had
+            self._drop(str(error))
+            return
         try:
             self._waiting.put_nowait((work, tries))
         except queue.Full:
@@ -92,8 +96,8 @@ class Recorder:
         with self._starting:
             if self._pid != os.getpid():
                 self._waiting = queue.Queue(BACKLOG)
-                self._pid = os.getpid()
                 threading.Thread(target=self._write, name="patchpilot-shadow", daemon=True).start()
+                self._pid = os.getpid()
                 atexit.register(self.flush)  # a script is over sooner than its last records are written
 
     def _write(self) -> None:

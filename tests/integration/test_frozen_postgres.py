@@ -179,9 +179,9 @@ def test_a_task_whose_end_was_not_recorded_stays_in_the_outbox(hasty: Shop, post
 @pytest.mark.parametrize("acks_late", ["", "1"], ids=["early", "late"])
 def test_a_callback_that_starts_meanwhile_waits_for_it(hasty: Shop, postgres: Freezable, acks_late: str) -> None:
     """The claim of its start is given up and carried out later: no other process would take it over before its lease
-    is over, which is an hour here."""
+    is over, which is an hour here. Nor does a time limit that strikes before it began end it."""
     settings = json.dumps({**HASTY, "patchpilot_fence_lease": 3600})
-    result = chord([add.s(1, 1)], total.s().set(queue="callbacks")).apply_async()
+    result = chord([add.s(1, 1)], total.s().set(queue="callbacks", soft_time_limit=3)).apply_async()
     worker = hasty.worker("-c", "1", SHOP_SETTINGS=settings, SHOP_ACKS_LATE=acks_late)
     with redis.Redis.from_url(hasty.broker) as broker:
         until(lambda: broker.llen("callbacks") == 1, seconds=WAIT, what="the callback was queued")
@@ -190,6 +190,8 @@ def test_a_callback_that_starts_meanwhile_waits_for_it(hasty: Shop, postgres: Fr
             broker.rename("callbacks", "celery")
             waits = f"total[{result.id}] waits before it starts"
             until(lambda: waits in worker.output(), seconds=WAIT, what=f"it waited: {worker.output()[-2000:]}")
+            struck = f"total[{result.id}] still waits"
+            until(lambda: struck in worker.output(), seconds=WAIT, what=f"the limit struck: {worker.output()[-2000:]}")
     assert result.get(timeout=WAIT) == 2
     assert hasty.ledger().count("total 2") == 1
 

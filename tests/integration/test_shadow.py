@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,7 @@ from tests.support.shop import add, app, boom, grows, note, total
 
 pytestmark = pytest.mark.backend
 
+WAIT = 60
 NOW = Window(min_age=timedelta(0))
 
 
@@ -129,6 +131,29 @@ def test_what_goes_wrong_with_the_record_of_a_chord_is_not_its_senders_to_hear(
     shop.worker("-c", "1")
     assert result.get(timeout=30) == 2
     assert "something was not recorded" in caplog.text
+
+
+def test_what_no_thread_is_left_to_write_is_not_its_senders_to_hear(
+    shadow: None, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its end the interpreter starts no thread any more."""
+    monkeypatch.setattr(app.backend.recorder, "_pid", 0)
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "patchpilot-shadow":
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        start(thread)
+
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr(threading.Thread, "start", refused)
+        sent = [add.delay(1, 1) for _ in range(2)]
+    with redis.Redis.from_url(shop.broker) as broker:
+        assert broker.llen("celery") == len(sent)
+    assert app.backend.recorder.dropped == len(sent)
+    add.delay(1, 1)
+    app.backend.recorder.flush(WAIT)
+    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(1,)]
 
 
 # Its records are slow, and none is written before it ends.
