@@ -16,7 +16,7 @@ from celery.canvas import Signature
 from celery.result import GroupResult
 from celery.utils.functional import _regen
 from celery.utils.log import get_logger
-from kombu.exceptions import EncodeError
+from kombu.exceptions import EncodeError, OperationalError
 from kombu.utils.encoding import ensure_bytes
 from kombu.utils.functional import LRUCache
 from psycopg.types.json import Jsonb
@@ -27,6 +27,7 @@ from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.routes import routes
 from patchpilot.backend.storing import Stored, stored
+from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
 
@@ -126,9 +127,15 @@ class Chords:
             connection.execute(SQL["foresee"], part._asdict())
 
     def generated(self, group_id: str, size: int) -> None:
-        """The generator of a header is at its end, after ``size`` tasks. The last one is still to be published."""
+        """The generator of a header is at its end, after ``size`` tasks. The last one is still to be published.
+
+        :raises OperationalError: if that cannot be written down.
+        """
         if group_id in _generated:
-            self._database.execute(SQL["generated"], {"group_id": group_id, "size": size})
+            try:
+                self._database.execute(SQL["generated"], {"group_id": group_id, "size": size})
+            except PatchpilotError as error:
+                raise OperationalError(f"chord {group_id} not published: {error}") from error
 
     def _check(self, name: str, group_id: str, stored: Stored) -> None:
         """Say at once what recovery would find out too late."""

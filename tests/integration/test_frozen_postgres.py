@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import redis
-from celery import chain, chord
+from celery import Signature, chain, chord
 from celery.signals import task_postrun
 from kombu.exceptions import OperationalError
 
@@ -194,6 +194,24 @@ def test_a_callback_that_starts_meanwhile_waits_for_it(hasty: Shop, postgres: Fr
             until(lambda: struck in worker.output(), seconds=WAIT, what=f"the limit struck: {worker.output()[-2000:]}")
     assert result.get(timeout=WAIT) == 2
     assert hasty.ledger().count("total 2") == 1
+
+
+def test_a_header_at_whose_end_postgresql_is_away_is_not_published(hasty: Shop, postgres: Freezable) -> None:
+    """Its producer hears what it hears of a broker that is away, and may try again."""
+
+    def header() -> Iterator[Signature]:
+        yield add.s(1, 1)
+        yield add.s(2, 2)
+        postgres.server.stop()
+
+    try:
+        with pytest.raises(OperationalError, match=r"chord .* not published: PostgreSQL cannot be reached"):
+            chord(header(), total.s(label="never")).apply_async()
+    finally:
+        postgres.server.start()
+    until(lambda: _answers(app.backend.database), seconds=WAIT, what="PostgreSQL was back")
+    with Database(hasty.dsn) as database:  # and so nobody finishes it
+        assert database.fetch("SELECT generating, size FROM patchpilot.chord") == [{"generating": True, "size": 0}]
 
 
 def test_what_is_not_on_record_and_starts_meanwhile_is_not_lost(
