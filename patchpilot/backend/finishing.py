@@ -21,7 +21,8 @@ from kombu.exceptions import EncodeError
 from kombu.serialization import loads, prepare_accept_content
 
 from patchpilot.backend.config import Config
-from patchpilot.backend.outbox import Dispatch, Outbox, callback_of
+from patchpilot.backend.dispatch import Dispatch, callback_of
+from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.routes import recorded_routes
 from patchpilot.clock import SYSTEM, Backoff
 from patchpilot.errors import NeedsOperator

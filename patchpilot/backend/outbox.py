@@ -12,14 +12,13 @@ first message leaves. A producer that dies on the way leaves a chord that recove
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery
 from celery._state import get_current_worker_task
 from celery.utils.log import get_logger
@@ -27,8 +26,10 @@ from kombu.exceptions import EncodeError, OperationalError
 from redis.exceptions import RedisError
 
 from patchpilot.backend.config import CANARY, Journal
+from patchpilot.backend.dispatch import AT_ONCE, Dispatch, Opening, Work, announced, current, merged
 from patchpilot.backend.identity import Identity
-from patchpilot.backend.message import Message, Part, columns, prepare
+from patchpilot.backend.message import Message, Part, columns
+from patchpilot.backend.producing import Journalling, Publishing
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
@@ -39,51 +40,6 @@ SQL = queries("outbox")
 
 # What a broker that is away raises. Anything else (an unknown compression, a soft time limit) is the caller's to hear.
 _AWAY = (OperationalError, RedisError, OSError)
-
-AT_ONCE = 5000
-"""How many messages of one header are held in memory and written down at once. Longer headers take several turns."""
-
-Work = Callable[[Connection], object]
-
-
-class Opening(Protocol):
-    """A chord that is about to be published: :class:`patchpilot.backend.chords.Opening`."""
-
-    @property
-    def group_id(self) -> str: ...
-
-    def count_in_postgres(self) -> None:
-        """Have its parts counted in PostgreSQL, whatever is configured."""
-
-    def write(self, connection: Connection, publish_error: str | None = None) -> None:
-        """Write it down."""
-
-
-@dataclass
-class Dispatch:
-    """What one call publishes. It is written down in one transaction, and then pushed."""
-
-    openings: list[Opening] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    opened: list[str] = field(default_factory=list)
-    """Group ids of the chords that are on record already."""
-    at_once: float = 1
-    """How many messages are held before they are sent."""
-
-
-_current: ContextVar[Dispatch | None] = ContextVar("patchpilot_current", default=None)
-_announced: ContextVar[Dispatch | None] = ContextVar("patchpilot_announced", default=None)
-_callback_of: ContextVar[str | None] = ContextVar("patchpilot_callback_of", default=None)
-
-
-@contextmanager
-def callback_of(group_id: str) -> Iterator[None]:
-    """Messages sent inside are the callback of chord ``group_id``: their start is fenced."""
-    token = _callback_of.set(group_id)
-    try:
-        yield
-    finally:
-        _callback_of.reset(token)
 
 
 class Outbox:
@@ -121,13 +77,13 @@ class Outbox:
             return
 
         def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
-            return send(_Journalling(producer, self), name, message, **options)
+            return send(Journalling(producer, self), name, message, **options)
 
         def producer_or_acquire(producer: Any = None) -> Any:
             # Whoever publishes a group asks for a producer first: what was announced a moment ago begins here.
-            dispatch = _announced.get()
-            _announced.set(None)
-            return acquire(producer) if dispatch is None else _Publishing(self, dispatch, acquire(producer))
+            dispatch = announced.get()
+            announced.set(None)
+            return acquire(producer) if dispatch is None else Publishing(self, dispatch, acquire(producer))
 
         send_task_message.patchpilot = True  # type: ignore[attr-defined]
         self._app.amqp.send_task_message = send_task_message
@@ -141,23 +97,23 @@ class Outbox:
         :param at_once: hold them until all are there. Those of a generator are sent as they come.
         :raises OperationalError: if it has to be written down at once, and cannot be.
         """
-        dispatch = _current.get()
+        dispatch = current.get()
         if dispatch is not None:
             dispatch.openings.append(opening)
         elif self._shadow:
-            self._write(Dispatch([opening]))
+            self._write(Dispatch([opening]), ())
         else:
-            _announced.set(Dispatch([opening], at_once=AT_ONCE if at_once else 1))
+            announced.set(Dispatch([opening], at_once=AT_ONCE if at_once else 1))
 
     def opens(self, group_id: str) -> bool:
         """Whether chord ``group_id`` is being opened here and now."""
-        dispatch = _current.get() or _announced.get() or Dispatch()
+        dispatch = current.get() or announced.get() or Dispatch()
         return group_id in dispatch.opened or self.opening(group_id) is not None
 
     @staticmethod
     def opening(group_id: str) -> Opening | None:
         """Chord ``group_id``, if it is being opened here and now and is not on record yet."""
-        dispatch = _current.get() or _announced.get() or Dispatch()
+        dispatch = current.get() or announced.get() or Dispatch()
         return next((opening for opening in dispatch.openings if opening.group_id == group_id), None)
 
     def publish(self, message: Message, producer: Any) -> None:
@@ -170,56 +126,73 @@ class Outbox:
             if self._strict:
                 raise EncodeError(f"{message} is not published, no worker could read it: {message.flaw}")
             logger.warning("No worker will be able to read %s: %s", message, message.flaw)
-        dispatch = _current.get()
+        dispatch = current.get()
         if dispatch is None:
-            dispatch = _announced.get() or Dispatch()
-            _announced.set(None)
-            dispatch.messages.append(message)
+            dispatch = announced.get() or Dispatch()
+            announced.set(None)
+            dispatch.hold(message)
             self.send(dispatch, producer)
-        else:
-            dispatch.messages.append(message)
-            if len(dispatch.messages) >= dispatch.at_once:
-                self.send(dispatch, producer)
+        elif dispatch.hold(message):
+            self.send(dispatch, producer)
 
     @staticmethod
     @contextmanager
     def collect() -> Iterator[Dispatch]:
         """Hold back everything that is published inside: :meth:`deliver` it."""
         dispatch = Dispatch(at_once=math.inf)
-        token = _current.set(dispatch)
+        token = current.set(dispatch)
         try:
             yield dispatch
         finally:
-            _current.reset(token)
+            current.reset(token)
 
     def deliver(self, dispatches: Mapping[str, Dispatch], claim: Callable[[Connection], Iterable[str]]) -> set[str]:
         """Commit those dispatches that ``claim`` says are ours, all in one transaction with it, and push them.
 
-        Once they are committed nothing raises any more: what cannot be pushed is left to recovery.
+        Once they are committed nothing takes them back: whatever cannot be pushed then is left to recovery.
 
         :returns: which were ours.
         :raises PatchpilotError: if nothing could be committed. Nothing is pushed then.
+        :raises SoftTimeLimitExceeded: if it struck meanwhile. What was committed was seen to all the same.
         """
 
         def work(connection: Connection) -> set[str]:
             ours = set(claim(connection))
-            self._work(_merged(dispatches, ours))(connection)
+            whole = merged(dispatches, ours)
+            self._work(whole.openings, whole.messages)(connection)
             return ours
 
         ours = self._database.run(work, pipelined=True)
-        whole = _merged(dispatches, ours)
-        if whole.messages:
+        messages = merged(dispatches, ours).messages
+        if messages:
             with self._app.producer_or_acquire() as producer:
-                self._push(whole, producer, leave=True)
+                self._push_or_leave(messages, producer)
         return ours
 
     def send(self, dispatch: Dispatch, producer: Any) -> None:
         """Write a dispatch down and push it. It is empty afterwards, and may be filled again.
 
+        Whoever hears that this failed may try again, so nobody else must push the rest. But in a task, what only a
+        broker that is away keeps from being pushed is left to recovery: a task that has succeeded must not become a
+        failure because the next one's message could not be pushed.
+
         :raises OperationalError: if it cannot be written down. Nothing is pushed then.
         """
-        on_record = self._write(dispatch)
-        self._push(dispatch, producer, leave=on_record and get_current_worker_task() is not None)
+        messages = dispatch.take()
+        on_record = self._write(dispatch, messages)
+        left = deque(messages)
+        try:
+            while left:
+                self._push(left[0], producer)
+                left.popleft()
+        except BaseException as error:
+            in_task = on_record and get_current_worker_task() is not None
+            if not (in_task and isinstance(error, _AWAY) and len(self._journalled(left)) == len(left)):
+                self._withdraw(dispatch, left, error)
+                raise
+            self._leave(left, error)
+        else:
+            self._note_broker(messages, producer)
 
     def abandon(self, dispatch: Dispatch, error: BaseException) -> None:
         """Publishing raised half-way. What was held back never leaves; its chords are on record as not published."""
@@ -239,12 +212,12 @@ class Outbox:
 
     # -- writing and pushing ------------------------------------------------------------------------------------
 
-    def _work(self, dispatch: Dispatch) -> Work:
-        openings, rows = tuple(dispatch.openings), columns(self._journalled(dispatch.messages))
-        parts = [message.part for message in dispatch.messages if message.part is not None]
+    def _work(self, openings: Iterable[Opening], messages: Sequence[Message]) -> Work:
+        chords, rows = tuple(openings), columns(self._journalled(messages))
+        parts = [message.part for message in messages if message.part is not None]
 
         def work(connection: Connection) -> None:
-            for opening in openings:
+            for opening in chords:
                 opening.write(connection)
             for part in parts:
                 self.foresee(connection, part)
@@ -253,51 +226,70 @@ class Outbox:
 
         return work
 
-    def _write(self, dispatch: Dispatch) -> bool:
-        """Write a dispatch down. Whether recovery may send it then: it only watches what is in shadow mode."""
+    def _write(self, dispatch: Dispatch, messages: Sequence[Message]) -> bool:
+        """Write these messages of a dispatch down, and the chords that it opens. Whether recovery may send them then:
+        it only watches what is in shadow mode."""
         written = True
         try:
-            if dispatch.openings or dispatch.messages:
-                self._run(self._work(dispatch))
+            if dispatch.openings or messages:
+                self._run(self._work(dispatch.openings, messages))
         except PatchpilotError as error:
             if self._journal is Journal.REQUIRED or dispatch.openings:  # half a chord's protection is none
-                names = ", ".join(sorted({message.name for message in dispatch.messages})) or "chord"
+                names = ", ".join(sorted({message.name for message in messages})) or "chord"
                 raise OperationalError(f"{names} not published: {error}") from error
             logger.warning("Published without a record: %s", error)
             written = False
+        except BaseException as error:  # interrupted: it may have been committed
+            self._withdraw(dispatch, messages, error)
+            raise
         dispatch.opened += [opening.group_id for opening in dispatch.openings]
         dispatch.openings.clear()
         return written and not self._shadow
 
-    def _push(self, dispatch: Dispatch, producer: Any, *, leave: bool) -> None:
-        """Push a dispatch.
+    def _push_or_leave(self, messages: Sequence[Message], producer: Any) -> None:
+        """Push messages that are on record for good.
 
-        :param leave: to recovery, whatever is on record and cannot be pushed. For whoever has no caller that could try
-            again: a task that has ended must not become a failure because the next one's message could not be pushed.
+        :raises SoftTimeLimitExceeded: if it struck meanwhile. It strikes once, so the others are pushed.
         """
-        messages, dispatch.messages = dispatch.messages, []
+        struck: SoftTimeLimitExceeded | None = None
         for number, message in enumerate(messages):
             try:
-                with producer.connection._reraise_as_library_errors():
-                    message.push(producer)
-            except Exception as error:
-                left = messages[number:]
-                if leave and isinstance(error, _AWAY) and len(self._journalled(left)) == len(left):
-                    chords = sorted({it.callback_of for it in left if it.callback_of})
-                    logger.warning(
-                        "%d messages from %s on are left to recovery%s: %r",
-                        len(left), message, f", callbacks of chords {', '.join(chords)}" if chords else "", error,
-                    )  # fmt: skip
-                    return
-                self._withdraw(dispatch, left, error)
-                raise
+                self._push(message, producer)
+            except _AWAY as error:
+                self._leave(messages[number:], error)
+                break
+            except SoftTimeLimitExceeded as error:
+                self._leave([message], error)
+                struck = error
+            except Exception as error:  # noqa: BLE001 - one that cannot be pushed must not keep the others from it
+                self._leave([message], error)
+        else:
+            self._note_broker(messages, producer)
+        if struck is not None:
+            raise struck
+
+    @staticmethod
+    def _push(message: Message, producer: Any) -> None:
+        with producer.connection._reraise_as_library_errors():
+            message.push(producer)
+
+    def _note_broker(self, messages: Iterable[Message], producer: Any) -> None:
         if self._journalled(messages):
             self.identity.leave(producer.connection, producer.channel)
 
-    def _withdraw(self, dispatch: Dispatch, left: Sequence[Message], error: Exception) -> None:
+    @staticmethod
+    def _leave(left: Sequence[Message], error: BaseException) -> None:
+        chords = sorted({it.callback_of for it in left if it.callback_of})
+        logger.warning(
+            "%d messages from %s on are left to recovery%s: %r",
+            len(left), left[0], f", callbacks of chords {', '.join(chords)}" if chords else "", error,
+        )  # fmt: skip
+
+    def _withdraw(self, dispatch: Dispatch, left: Sequence[Message], error: BaseException) -> None:
         """The caller is told that publishing failed, so nobody must publish these, or finish their chord, later."""
-        logger.warning("Publishing %s failed: %r", left[0], error)
-        chords = {*dispatch.opened, *(message.group_id for message in left if message.group_id)}
+        logger.warning("Publishing %s failed: %r", left[0] if left else "a chord", error)
+        opened = [*dispatch.opened, *(opening.group_id for opening in dispatch.openings)]
+        chords = {*opened, *(message.group_id for message in left if message.group_id)}
         failed = {"group_ids": sorted(chords), "error": type(error).__name__}
 
         def write(connection: Connection) -> None:
@@ -321,71 +313,3 @@ class Outbox:
     def _journalled(self, messages: Iterable[Message]) -> list[Message]:
         kept = (it for it in messages if self._journal is not Journal.OFF or it.callback_of)
         return [it for it in kept if it.name != CANARY and not it.to_all]
-
-
-def _merged(dispatches: Mapping[str, Dispatch], ours: Collection[str]) -> Dispatch:
-    parts = [dispatch for name, dispatch in dispatches.items() if name in ours]
-    return Dispatch(
-        openings=[opening for part in parts for opening in part.openings],
-        messages=[message for part in parts for message in part.messages],
-    )
-
-
-def _is_fanout(connection: Any, exchange: Any) -> bool:
-    """Whether kombu gives what is published there to all who listen: it knows what this connection declared."""
-    if not exchange:
-        return False
-    known = getattr(connection.transport, "state", None)
-    declared = known.exchanges.get(getattr(exchange, "name", exchange), {}) if known else {}
-    return bool(getattr(exchange, "type", None) == "fanout" or declared.get("type") == "fanout")
-
-
-class _Journalling:
-    """A kombu producer that gives a task message to the outbox in place of the broker."""
-
-    def __init__(self, producer: Any, outbox: Outbox) -> None:
-        self._producer = producer
-        self._outbox = outbox
-        self._message_id: str | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._producer, name)
-
-    def publish(self, body: Any, **options: Any) -> None:
-        if "task" not in (options.get("headers") or {}):  # a task-sent event takes the same producer
-            self._producer.publish(body, **options)
-            return
-        connection = self._producer.connection
-        broker, to_all = self._outbox.identity.of(connection), _is_fanout(connection, options.get("exchange"))
-        message = prepare(body, options, _callback_of.get(), self._message_id, broker, to_all=to_all)
-        self._message_id = message.id  # a caller that tries again publishes the same message
-        self._outbox.publish(message, self._producer)
-
-
-class _Publishing:
-    """The time in which one group's messages are published: they are held back until its end."""
-
-    def __init__(self, outbox: Outbox, dispatch: Dispatch, producer: AbstractContextManager[Any]) -> None:
-        self._outbox = outbox
-        self._dispatch = dispatch
-        self._context = producer
-        self._producer: Any = None
-        self._token: Token[Dispatch | None] | None = None
-
-    def __enter__(self) -> Any:
-        self._producer = self._context.__enter__()
-        self._token = _current.set(self._dispatch)
-        return self._producer
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._token is not None:
-            _current.reset(self._token)
-        try:
-            if error is None:
-                self._outbox.send(self._dispatch, self._producer)
-            else:
-                self._outbox.abandon(self._dispatch, error)
-        finally:
-            self._context.__exit__(kind, error, trace)

@@ -25,9 +25,10 @@ from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.backend.chords import Chords
 from patchpilot.backend.config import MESSAGE_ID, Config, Journal
+from patchpilot.backend.dispatch import Work, callback_of
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.message import Message
-from patchpilot.backend.outbox import Outbox, Work, callback_of
+from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
 from patchpilot.clock import SYSTEM, Backoff
 from patchpilot.errors import PatchpilotError

@@ -14,8 +14,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from patchpilot.backend import fence as fences
 from patchpilot.backend.config import FOLLOWS, MESSAGE_ID
-from patchpilot.backend.message import Message
-from patchpilot.backend.outbox import Dispatch
 from patchpilot.clock import SYSTEM, FakeClock
 from patchpilot.errors import PatchpilotError, Transient
 from patchpilot.lab.launch import free_port
@@ -99,26 +97,6 @@ def test_a_message_that_nobody_can_push_keeps_no_other_from_being_sent_again(sho
     assert "no such" in why
     shop.worker("-c", "1")
     assert lost.get(timeout=60) == 4
-
-
-def test_in_a_task_only_a_broker_that_is_away_leaves_a_message_to_recovery(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outbox = app.backend.outbox
-    messages: list[Message] = []
-    monkeypatch.setattr(outbox, "publish", lambda message, _producer: messages.append(message))
-    add.delay(1, 1)
-
-    def broken(_message: Message, _producer: object) -> None:
-        raise KeyError("no such compression")
-
-    monkeypatch.setattr(Message, "push", broken)
-    with app.producer_or_acquire() as producer:
-        outbox._write(Dispatch(messages=messages))
-        with pytest.raises(KeyError):
-            outbox._push(Dispatch(messages=messages), producer, leave=True)
-    with Database(shop.dsn) as database:
-        assert database.fetch("SELECT 1 FROM patchpilot.outbox") == []
 
 
 def test_what_runs_elsewhere_and_is_on_no_record_waits_in_its_queue(

@@ -21,6 +21,7 @@ from celery.beat import Scheduler
 from kombu.common import Broadcast
 from kombu.exceptions import OperationalError
 
+from patchpilot.backend import dispatch as dispatch_module
 from patchpilot.backend import outbox as outbox_module
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
@@ -98,8 +99,16 @@ def test_chords_in_a_header_are_part_of_its_transaction(shop: Shop, broker: redi
     shop.await_line("total 12")
 
 
-def test_a_header_that_is_too_long_for_one_turn_takes_several(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox_module, "AT_ONCE", 8)
+@pytest.mark.parametrize("limit", ["number", "bytes"])
+def test_a_header_that_is_too_long_for_one_turn_takes_several(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    if limit == "number":
+        monkeypatch.setattr(outbox_module, "AT_ONCE", 8)
+    else:
+        chord([add.s(0, 0)], total.s()).apply_async()
+        [(size,)] = fetch(shop, "DELETE FROM patchpilot.outbox RETURNING octet_length(body)")
+        monkeypatch.setattr(dispatch_module, "BYTES_AT_ONCE", 8 * size)
     result = chord([add.s(i, 0) for i in range(20)], total.s()).apply_async()
     assert fetch(shop, "SELECT count(*), count(DISTINCT xmin::text) FROM patchpilot.outbox") == [(20, 3)]
     shop.worker()
