@@ -70,10 +70,9 @@ class Opening:
         """Have its parts counted in PostgreSQL, whatever is configured."""
         self.row["counting"] = str(Counting.POSTGRES)
 
-    def write(self, connection: Connection, publish_error: str | None = None) -> None:
-        """Write it and its members down, unless the same chord is on record already."""
-        more = {"publish_error": publish_error, "task_ids": list(self.task_ids)}
-        connection.execute(SQL["open"], {**self.row, **more})
+    def values(self) -> dict[str, Any]:
+        """Its record, and its members."""
+        return {**self.row, "task_ids": Jsonb(self.task_ids)}
 
 
 class Chords:

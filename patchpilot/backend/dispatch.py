@@ -6,14 +6,15 @@ Celery publishes message by message. What belongs together is held back here unt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from patchpilot.backend.message import Message
 from patchpilot.postgres.connection import Connection
+from patchpilot.postgres.queries import queries
 
 AT_ONCE, BYTES_AT_ONCE = 5000, 64 << 20
 """How many messages of one header, and bytes of them, are held in memory and written down at once. Longer headers take
@@ -31,8 +32,8 @@ class Opening(Protocol):
     def count_in_postgres(self) -> None:
         """Have its parts counted in PostgreSQL, whatever is configured."""
 
-    def write(self, connection: Connection, publish_error: str | None = None) -> None:
-        """Write it down."""
+    def values(self) -> dict[str, Any]:
+        """Its record, and its members."""
 
 
 @dataclass
@@ -58,6 +59,13 @@ class Dispatch:
         """The messages that are held; from here on none is."""
         taken, self.messages, self.size = self.messages, [], 0
         return taken
+
+
+def write_down(connection: Connection, openings: Sequence[Opening], publish_error: str | None = None) -> None:
+    """Write chords and their members down, but for those that are on record already."""
+    rows = [{**opening.values(), "publish_error": publish_error} for opening in openings]
+    if rows:
+        connection.execute(queries("chords")["open"], {name: [row[name] for row in rows] for name in rows[0]})
 
 
 current: ContextVar[Dispatch | None] = ContextVar("patchpilot_current", default=None)

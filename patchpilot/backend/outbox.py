@@ -26,7 +26,7 @@ from kombu.exceptions import EncodeError, OperationalError
 from redis.exceptions import RedisError
 
 from patchpilot.backend.config import CANARY, Journal
-from patchpilot.backend.dispatch import AT_ONCE, Dispatch, Opening, Work, announced, current, merged
+from patchpilot.backend.dispatch import AT_ONCE, Dispatch, Opening, Work, announced, current, merged, write_down
 from patchpilot.backend.identity import Identity
 from patchpilot.backend.message import Message, Part, columns
 from patchpilot.backend.producing import Journalling, Publishing
@@ -199,8 +199,7 @@ class Outbox:
         openings, opened, name = tuple(dispatch.openings), [*dispatch.opened], type(error).__name__
 
         def write(connection: Connection) -> None:
-            for opening in openings:
-                opening.write(connection, publish_error=name)
+            write_down(connection, openings, publish_error=name)
             connection.execute(queries("chords")["publishing_failed"], {"group_ids": opened, "error": name})
 
         with suppress(PatchpilotError):
@@ -217,8 +216,7 @@ class Outbox:
         parts = [message.part for message in messages if message.part is not None]
 
         def work(connection: Connection) -> None:
-            for opening in chords:
-                opening.write(connection)
+            write_down(connection, chords)
             for part in parts:
                 self.foresee(connection, part)
             if rows["message_id"]:

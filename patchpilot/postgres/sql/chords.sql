@@ -1,10 +1,20 @@
 -- A chord from its opening to the dispatch of its callback.
 
 -- name: open
+-- One or many, with their members.
 SELECT patchpilot.open_chord(
-    %(group_id)s, %(callback_id)s, %(callback_name)s, %(callback)s, %(callback_type)s, %(callback_encoding)s,
-    %(unrecoverable)s, %(routes)s, %(result_serializer)s, %(structure)s, %(opener)s, %(generating)s, %(counting)s,
-    %(shadow)s, %(publish_error)s, %(broker)s, %(task_ids)s
+    o.group_id, o.callback_id, o.callback_name, o.callback, o.callback_type, o.callback_encoding, o.unrecoverable,
+    o.routes, o.result_serializer, o.structure, o.opener, o.generating, o.counting, o.shadow, o.publish_error, o.broker,
+    ARRAY(SELECT jsonb_array_elements_text(o.task_ids))
+)
+FROM unnest(
+    %(group_id)s::text[], %(callback_id)s::text[], %(callback_name)s::text[], %(callback)s::bytea[],
+    %(callback_type)s::text[], %(callback_encoding)s::text[], %(unrecoverable)s::text[], %(routes)s::jsonb[],
+    %(result_serializer)s::text[], %(structure)s::jsonb[], %(opener)s::text[], %(generating)s::boolean[],
+    %(counting)s::text[], %(shadow)s::boolean[], %(publish_error)s::text[], %(broker)s::text[], %(task_ids)s::jsonb[]
+) AS o (
+    group_id, callback_id, callback_name, callback, callback_type, callback_encoding, unrecoverable, routes,
+    result_serializer, structure, opener, generating, counting, shadow, publish_error, broker, task_ids
 )
 
 -- name: lock
