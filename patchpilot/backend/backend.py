@@ -27,6 +27,7 @@ from patchpilot.backend import canary, errbacks
 from patchpilot.backend.chords import Chords, Waiting, waiting
 from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
+from patchpilot.backend.deferred import defer
 from patchpilot.backend.ending import left_to_recovery
 from patchpilot.backend.fence import Fence
 from patchpilot.backend.finishing import Finished, Finisher, Note
@@ -93,6 +94,8 @@ class Backend(RedisBackend):  # type: ignore[misc]
             return result
         payload = self._meta(task_id, result, state, traceback, request)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self.lifetime(state)}
+        if defer(row, request):
+            return result
         try:
             if getattr(request, "patchpilot_done", None) == task_id:
                 request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
@@ -104,7 +107,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
                 logger.warning("State %s of %s was not recorded: %s", state, task_id, error)
                 return result
             raise
-        self._notify(task_id, payload)
+        self.notify(task_id, payload)
         return result
 
     def _meta(self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None) -> Any:
@@ -139,7 +142,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         seconds = failures if state == states.FAILURE else self.expires
         return timedelta(seconds=seconds) if seconds else None
 
-    def _notify(self, task_id: str, payload: Any) -> None:
+    def notify(self, task_id: str, payload: Any) -> None:
         """Wake whoever waits for the result, and tell ``on_message`` of a state. A hint: it is in PostgreSQL anyway."""
         try:
             self.client.publish(self.get_key_for_task(task_id), payload)

@@ -13,25 +13,32 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import uuid4
 
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery, states
-from celery.canvas import Signature, maybe_signature
+from celery.canvas import Signature, group, maybe_signature
 from celery.exceptions import ChordError
 from celery.utils.log import get_logger
-from kombu.exceptions import EncodeError
+from kombu.exceptions import EncodeError, OperationalError
 from kombu.serialization import loads, prepare_accept_content
+from redis.exceptions import RedisError
 
 from patchpilot.backend.config import Config
+from patchpilot.backend.deferred import Results, deferred, store
 from patchpilot.backend.dispatch import Dispatch, callback_of
+from patchpilot.backend.errbacks import are_called_elsewhere
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.routes import recorded_routes
 from patchpilot.clock import SYSTEM, Backoff
-from patchpilot.errors import NeedsOperator
+from patchpilot.errors import NeedsOperator, PatchpilotError
 from patchpilot.postgres.connection import Connection, Database, Row
 from patchpilot.postgres.queries import queries
 
 logger = get_logger(__name__)
 
 SQL = queries("chords")
+
+_PASSING = (PatchpilotError, OperationalError, RedisError, OSError, SoftTimeLimitExceeded)
+"""What keeps a callback from being published for a while, and says nothing about it."""
 
 Note = Callable[[Connection, Collection[str]], None]
 """Writes down which chords were finished, in the transaction that marks them."""
@@ -49,14 +56,16 @@ class ResultCodec(Protocol):
     def exception_to_python(self, exc: Any) -> Any: ...
     def chord_error_from_stack(self, callback: Signature, exc: Exception) -> Any: ...
     def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None: ...
+    def notify(self, task_id: str, payload: Any) -> None: ...
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a chord ends: the state it is in then, and what is published."""
+    """How a chord ends: the state it is in then, what is published, and what is stored as its callback's result."""
 
     state: str
     dispatch: Dispatch
+    results: Results = field(default_factory=dict)
 
 
 @dataclass
@@ -103,6 +112,9 @@ class Finisher:
             left = sorted(set(rows) - finished.done)
             if left:
                 self._database.execute(SQL["release"], {"group_ids": left, "token": token})
+        for group_id in finished.done:
+            for task_id, row in endings[group_id].results.items():
+                self._codec.notify(task_id, row["meta"])
         finished.counted_in_valkey = {each for each in finished.done if rows[each]["counting"] == "valkey"}
         return finished
 
@@ -143,20 +155,26 @@ class Finisher:
         callback = self._callback(row, spare)
         with recorded_routes(row["routes"]):
             try:
-                with callback_of(row["group_id"]), self._outbox.collect() as dispatch:
-                    callback.delay(self._results(row, parts))
-                return Ending("dispatched", dispatch)
+                results = self._results(row, parts)
             except ChordError as error:
                 return self._failure(row["group_id"], parts, callback, error)
-            except EncodeError as error:
+            try:
+                with callback_of(row["group_id"]), self._outbox.collect() as dispatch:
+                    callback.delay(results)
+            except Exception as error:
+                if isinstance(error, _PASSING) or (are_called_elsewhere() and not isinstance(error, EncodeError)):
+                    raise  # the next one may try: a worker knows more than recovery, which has none of the code
                 return self._failure(row["group_id"], parts, callback, ChordError(f"Callback error: {error!r}"))
+            return Ending("dispatched", dispatch)
 
     def _failure(self, group_id: str, parts: Sequence[Row], callback: Signature, error: ChordError) -> Ending:
         logger.error("Chord %s failed: %s", group_id, error)
         self._codec.leave_parts(group_id, parts)
-        with callback_of(group_id), self._outbox.collect() as dispatch:
+        # Of a group Celery revokes the tasks as well, and their results must be there before a worker hears of that.
+        later = not isinstance(callback, group)
+        with callback_of(group_id), self._outbox.collect() as dispatch, deferred(wanted=later) as results:
             self._codec.chord_error_from_stack(callback, error)
-        return Ending("failed", dispatch)
+        return Ending("failed", dispatch, results)
 
     def _callback(self, row: Row, spare: Any) -> Signature:
         if row["callback"] is not None:
@@ -194,6 +212,7 @@ class Finisher:
         """The chords are over, those whose claim still holds: a claim may have been held for longer than its lease."""
         params = {"group_ids": [*endings], "states": [each.state for each in endings.values()], "token": token}
         ours = [row["group_id"] for row in connection.execute(SQL["finish"], params).fetchall()]
+        store(connection, [endings[group_id].results for group_id in ours])
         if note is not None and ours:
             note(connection, ours)
         return ours

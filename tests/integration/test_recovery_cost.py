@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, LiteralString
 from unittest.mock import patch
@@ -11,7 +11,7 @@ from unittest.mock import patch
 import psycopg
 import pytest
 import redis
-from celery import chord, group
+from celery import Signature, chain, chord, group
 from psycopg.rows import dict_row
 
 from patchpilot.backend.message import Part
@@ -21,7 +21,7 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.sweep import BATCH
 from tests.support.processes import Shop
-from tests.support.shop import add, app, total
+from tests.support.shop import add, app, mourn, note, total
 
 NOW = Window(min_age=timedelta(0))
 
@@ -93,6 +93,42 @@ def test_a_batch_costs_the_same_number_of_statements_however_much_is_in_it(shop:
             assert {it.diagnosis for it in applied} == {
                 "header-message-lost", "dispatch-lost", "part-return-interrupted", "message-lost",
             }  # fmt: skip
+            counted.append(seen)
+            with Database(shop.dsn) as database:
+                database.execute("DELETE FROM patchpilot.outbox")
+                database.execute("DELETE FROM patchpilot.chord")
+    few, many = counted
+    assert len(many) == len(few), [it for it in many if many.count(it) > few.count(it)]
+
+
+ENDINGS: dict[str, tuple[Callable[[], Signature], str]] = {
+    "failed": (lambda: total.s().on_error(mourn.s()), "FAILURE"),
+    "a chord is called back": (lambda: chord([note.s()], note.s()), "SUCCESS"),
+    "a group is called back": (lambda: group(note.s(), note.s()), "SUCCESS"),
+    "a chain is called back": (lambda: chain(note.s(), note.s()), "SUCCESS"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_batch_of_endings_costs_the_same_number_of_statements(shop: Shop, ending: str) -> None:
+    callback, state = ENDINGS[ending]
+    counted = []
+    with Recovery(Site(shop.broker, shop.dsn)) as recovery:
+        recovery.recover(NOW)
+        for number in (1, 7):
+            for _ in range(number):
+                header = chord([add.s(1, 1)], callback()).apply_async().parent
+                while header.parent is not None:  # a callback may be a canvas with results of its own
+                    header = header.parent
+                returned = 2 if state == "SUCCESS" else ValueError("no")
+                app.backend.chords.return_part(Part(header.id, header.results[0].id, 0), state, returned)
+            with Database(shop.dsn) as database:
+                database.execute("DELETE FROM patchpilot.outbox")
+                for what in ("chord SET created_at", "chord_part SET returned_at"):
+                    database.execute(f"UPDATE patchpilot.{what} = now() - interval '2 min'".encode())
+            with Statements() as seen:
+                applied = recovery.recover(NOW)
+            assert len(applied) == number
             counted.append(seen)
             with Database(shop.dsn) as database:
                 database.execute("DELETE FROM patchpilot.outbox")

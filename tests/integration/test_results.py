@@ -73,7 +73,7 @@ def test_a_waiter_learns_from_postgresql_what_no_notification_told(
     monkeypatch.setattr(waiting, "ASK_EVERY", 0.05)
     result = app.AsyncResult(str(uuid.uuid4()))
     waiter = waiting_for(result, threads)
-    monkeypatch.setattr(result.backend, "_notify", lambda *_: None)
+    monkeypatch.setattr(result.backend, "notify", lambda *_: None)
     result.backend.store_result(result.id, 8, "SUCCESS")
     assert waiter.result(WAIT) == 8
 

@@ -8,6 +8,16 @@ ON CONFLICT (task_id) DO UPDATE
 SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
 WHERE r.state <> 'SUCCESS'
 
+-- name: store_all
+-- As `store`, any number of them.
+INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
+SELECT stored.task_id, stored.state, stored.meta, now() + stored.expires
+FROM unnest(%(task_id)s::text[], %(state)s::text[], %(meta)s::bytea[], %(expires)s::interval[])
+    AS stored (task_id, state, meta, expires)
+ON CONFLICT (task_id) DO UPDATE
+SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+WHERE r.state <> 'SUCCESS'
+
 -- name: finish
 CALL patchpilot.end_task(
     %(task_id)s, %(state)s, %(meta)s, %(expires)s, %(group_id)s, %(position)s, %(payload)s,
