@@ -68,7 +68,7 @@ def store(callback: Mapping[str, Any], serializer: str, place: str = "") -> Stor
     :raises EncodeError: if it cannot be read again at all: no worker could read it either.
     """
     try:
-        content_type, encoding, payload = dumps(callback, serializer=serializer)
+        content_type, encoding, payload = _dumped(callback, serializer)
     except Exception as error:  # noqa: BLE001 - a serialiser raises what it likes
         offender = _offender(callback, serializer, place) or place or "the callback"
         return Stored(flaw=f"{serializer} cannot store {offender}: {' '.join(str(error).split())}")
@@ -82,6 +82,21 @@ def store(callback: Mapping[str, Any], serializer: str, place: str = "") -> Stor
         return Stored(ensure_bytes(payload), content_type, encoding)
     found = _difference(callback, again, place)
     return Stored(ensure_bytes(payload), content_type, encoding, found and f"{serializer} changes {found}")
+
+
+def _dumped(value: Any, serializer: str) -> tuple[str, str, Any]:
+    """A signature is a dict, but some serialisers take no dict that is more than one."""
+    try:
+        found: tuple[str, str, Any] = dumps(value, serializer=serializer)
+    except Exception:  # noqa: BLE001 - as above
+        found = dumps(_plain(value), serializer=serializer)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _carried(
@@ -132,13 +147,19 @@ def _steps(signature: Any) -> list[tuple[str, Any, bool]]:
             return []
 
 
-def _offender(value: Any, serializer: str, place: str = "") -> str | None:
-    """The innermost part of ``value`` that cannot be serialised."""
+def _offender(value: Any, serializer: str, place: str = "", around: frozenset[int] = frozenset()) -> str | None:
+    """The innermost part of ``value`` that cannot be serialised.
+
+    :param around: what ``value`` is in.
+    """
+    around |= {id(value)}
     for name, part in _parts(value):
+        if id(part) in around:
+            return f"{place}{name} (which contains itself)"
         try:
-            dumps(part, serializer=serializer)
+            _dumped(part, serializer)
         except Exception:  # noqa: BLE001 - as above
-            return _offender(part, serializer, f"{place}{name}") or f"{place}{name} ({type(part).__name__})"
+            return _offender(part, serializer, f"{place}{name}", around) or f"{place}{name} ({type(part).__name__})"
     return None
 
 

@@ -14,7 +14,7 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError
 from kombu import compression
 
-from patchpilot.backend.message import Message
+from patchpilot.backend.message import Message, Part
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Window
@@ -105,6 +105,29 @@ def test_a_chord_fails_with_its_part_if_what_follows_that_cannot_be_pushed_by_an
     until(result.ready, seconds=WAIT, what="the chord had ended")
     assert isinstance(result.result, ChordError)
     until(lambda: fetch(shop, "SELECT FROM patchpilot.outbox") == [], seconds=WAIT, what="nothing is left to be sent")
+
+
+def test_a_chord_whose_callback_nobody_can_publish_ends_as_with_celery(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """In recovery, which has none of the application's code, it stays as it is."""
+    chord([add.s(1, 1)], total.s().set(expires="one of these days")).apply_async()
+    chords = "SELECT group_id, task_id, callback_id FROM patchpilot.chord JOIN patchpilot.chord_part USING (group_id)"
+    [(group_id, task_id, callback_id)] = fetch(shop, chords)
+    app.backend.chords.return_part(Part(group_id, task_id, 0), "SUCCESS", 2)
+    message = broker.lpop("celery")
+    with Database(shop.dsn) as database:
+        database.execute("DELETE FROM patchpilot.outbox")
+        for what in ("chord SET created_at", "chord_part SET returned_at"):
+            database.execute(f"UPDATE patchpilot.{what} = now() - interval '2 minutes'".encode())
+    assert recovery.recover(NOW) == ()
+    assert fetch(shop, "SELECT state::text FROM patchpilot.chord") == [("open",)]
+    broker.lpush("celery", message)
+    shop.worker("-c", "1")
+    callback = app.AsyncResult(callback_id)
+    until(callback.ready, seconds=WAIT, what="the chord had ended")
+    assert isinstance(callback.result, ChordError)
+    assert "Callback error" in str(callback.result)
 
 
 def interrupted_in_the_broker(monkeypatch: pytest.MonkeyPatch) -> None:

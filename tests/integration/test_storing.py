@@ -33,6 +33,10 @@ def record(shop: Shop) -> list[tuple[Any, ...]]:
         return connection.execute(sql).fetchall()
 
 
+LOOP: list[Any] = []
+LOOP.append(LOOP)
+
+
 @pytest.mark.parametrize(
     ("serializer", "argument", "flaw"),
     [
@@ -43,6 +47,9 @@ def record(shop: Shop) -> list[tuple[Any, ...]]:
         ("json", {(1, 2): "x"}, "json cannot store ['kwargs']['value']"),
         ("json", {"by": {7: "x"}}, "json changes the key 7 (int) at ['kwargs']['value']['by']"),
         ("json", {"call": print}, "json cannot store ['kwargs']['value']['call'] (builtin_function_or_method)"),
+        ("json", {"loop": LOOP}, "json cannot store ['kwargs']['value']['loop'][0] (which contains itself)"),
+        ("yaml", {"plan": [{"a": 1}, (1, 2)], "then": note.s(1)}, None),
+        ("yaml", {"call": print}, "yaml cannot store ['kwargs']['value']['call'] (builtin_function_or_method)"),
         ("pickle", {"ids": {1, 2}, (1, 2): {7: "x"}}, None),
         ("pickle", {"call": lambda: 1}, "pickle cannot store ['kwargs']['value']['call'] (function)"),
     ],
