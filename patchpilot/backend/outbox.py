@@ -30,6 +30,7 @@ from patchpilot.backend.dispatch import AT_ONCE, Dispatch, Opening, Work, announ
 from patchpilot.backend.identity import Identity
 from patchpilot.backend.message import Message, Part, columns
 from patchpilot.backend.producing import Journalling, Publishing
+from patchpilot.clock import SYSTEM
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
@@ -37,6 +38,9 @@ from patchpilot.postgres.queries import queries
 logger = get_logger(__name__)
 
 SQL = queries("outbox")
+
+SLOW = 2.0
+"""Seconds after which whoever pushes says that more is to come, again and again."""
 
 # What a broker that is away raises. Anything else (an unknown compression, a soft time limit) is the caller's to hear.
 _AWAY = (OperationalError, RedisError, OSError)
@@ -182,9 +186,8 @@ class Outbox:
         on_record = self._write(dispatch, messages)
         left = deque(messages)
         try:
-            while left:
-                self._push(left[0], producer)
-                left.popleft()
+            for message in self._in_turn(left):
+                self._push(message, producer)
         except BaseException as error:
             in_task = on_record and get_current_worker_task() is not None
             if not (in_task and isinstance(error, _AWAY) and len(self._journalled(left)) == len(left)):
@@ -250,11 +253,12 @@ class Outbox:
         :raises SoftTimeLimitExceeded: if it struck meanwhile. It strikes once, so the others are pushed.
         """
         struck: SoftTimeLimitExceeded | None = None
-        for number, message in enumerate(messages):
+        left = deque(messages)
+        for message in self._in_turn(left):
             try:
                 self._push(message, producer)
             except _AWAY as error:
-                self._leave(messages[number:], error)
+                self._leave(left, error)
                 break
             except SoftTimeLimitExceeded as error:
                 self._leave([message], error)
@@ -265,6 +269,21 @@ class Outbox:
             self._note_broker(messages, producer)
         if struck is not None:
             raise struck
+
+    def _in_turn(self, left: deque[Message]) -> Iterator[Message]:
+        """Each message, until the next one is asked for. If that takes long, it is said again and again that it goes
+        on: recovery would take for lost what is not pushed yet."""
+        said = SYSTEM.monotonic()
+        while left:
+            if SYSTEM.monotonic() - said > SLOW:
+                self._go_on([message.id for message in left])
+                said = SYSTEM.monotonic()
+            yield left[0]
+            left.popleft()
+
+    def _go_on(self, message_ids: Sequence[str]) -> None:
+        with suppress(PatchpilotError), self._database.within(SLOW):
+            self._run(lambda connection: connection.execute(SQL["going_on"], {"message_ids": message_ids}))
 
     @staticmethod
     def _push(message: Message, producer: Any) -> None:

@@ -230,7 +230,8 @@ class Collector:
         return self._broker.holdings(queues, {row["exchange"] for row in rows if row["exchange"]})
 
     def _still_there(self, rows: list[Row]) -> set[str]:
-        params = {"message_ids": [row["message_id"] for row in rows], "resends": [row["resends"] for row in rows]}
+        params: dict[str, list[Any]] = {"message_ids": [row["message_id"] for row in rows]}
+        params |= {name: [row[name] for row in rows] for name in ("resends", "sent_at")}
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
     def _ask(self, unseen: Iterable[Row], at_the_end: Mapping[str, set[str]], names: frozenset[str]) -> Hands:

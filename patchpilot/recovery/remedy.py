@@ -211,7 +211,10 @@ class Remedies:
         return _distinct(of[key] for key in taken)
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
-        params = {"message_ids": [it.message_id for it in seen], "resends": [it.resends for it in seen]}
+        params = {
+            "message_ids": [it.message_id for it in seen], "resends": [it.resends for it in seen],
+            "sent_at": [it.sent_at for it in seen],
+        }  # fmt: skip
 
         def write(connection: Connection) -> list[Row]:
             rows = connection.execute(SQL["take"], params).fetchall()

@@ -8,12 +8,14 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 import redis
 from celery import chord, group
 
+from patchpilot.backend import outbox as outboxes
 from patchpilot.backend.message import Message, Part
 from patchpilot.clock import SYSTEM
 from patchpilot.errors import Transient
@@ -22,6 +24,7 @@ from patchpilot.lab.roster import Roster
 from patchpilot.lab.servers import ValkeyNode
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Applied, Recovery, Site, Window
+from patchpilot.recovery.evidence import Collector
 from patchpilot.workers.asking import Asking
 from tests.conftest import shop_on
 from tests.support.processes import Shop
@@ -174,6 +177,49 @@ def test_a_header_that_is_being_pushed_to_workers_that_take_it_at_once_is_left_t
     shop.await_line("total 4")
     assert found == ()
     assert [shop.ledger().count(f"{label} began") for label in labels] == [1] * 4
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it looks", "while it looks"])
+def test_a_header_that_is_pushed_for_longer_than_recovery_leaves_things_alone_is_left_to_its_producer(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """And no part returns meanwhile. Whoever pushes says every two seconds that it goes on; here, with each message."""
+    monkeypatch.setattr(outboxes, "SLOW", -1)
+    went_on, begun = threading.Semaphore(0), list[Message]()
+    push, look = Message.push, Collector._locate
+
+    def step_by_step(self: Message, producer: object) -> None:
+        begun.append(self)
+        went_on.acquire(timeout=30)
+        push(self, producer)
+
+    def a_step(count: int) -> None:
+        went_on.release()
+        until(lambda: len(begun) > count, seconds=30, what="one more was pushed")
+
+    def and_then_a_step(self: Collector, *arguments: Any) -> object:
+        found = look(self, *arguments)
+        a_step(2)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Message, "push", step_by_step)
+        producing = threading.Thread(target=chord([add.s(n, n) for n in range(4)], total.s()).apply_async)
+        producing.start()
+        a_step(1)
+        with Database(shop.dsn) as database:  # all but the one whose turn it is
+            database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '1 hour'")
+            waiting = "UPDATE patchpilot.outbox SET sent_at = now() - interval '1 hour' WHERE message_id <> %s"
+            database.execute(waiting, (begun[-1].id,))
+        if late:
+            patch.setattr(Collector, "_locate", and_then_a_step)
+        else:
+            a_step(2)
+        found = recovery.recover(Window(min_age=timedelta(minutes=1)))
+        went_on.release(2)
+        producing.join()
+    assert found == ()
+    assert broker.llen("celery") == 4
 
 
 def test_a_header_whose_pushed_tasks_end_between_two_looks_is_left_to_its_producer(

@@ -201,13 +201,15 @@ def long_lived(postgres_server: Any, migrated_template: str) -> Iterator[psycopg
 
 def parameters(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, Any]:
     """For every statement: those of one full batch."""
-    rows = connection.execute("SELECT message_id::text, resends FROM patchpilot.outbox LIMIT %s", (BATCH,)).fetchall()
+    sql = "SELECT message_id::text, resends, sent_at FROM patchpilot.outbox LIMIT %s"
+    rows = connection.execute(sql, (BATCH,)).fetchall()
     group_ids = [f"open{number}" for number in range(1, BATCH + 1)]
     texts = ["x"] * BATCH
     return {
         "min_age": timedelta(minutes=5), "max_age": timedelta(hours=24), "brokers": ["b"],
         "interrupted_after": timedelta(seconds=10), "message_ids": [row["message_id"] for row in rows],
-        "resends": [row["resends"] for row in rows], "group_ids": group_ids, "run_id": "r", "kind": texts, "id": texts,
+        "resends": [row["resends"] for row in rows], "sent_at": [row["sent_at"] for row in rows],
+        "group_ids": group_ids, "run_id": "r", "kind": texts, "id": texts,
         "diagnosis": texts, "remedy": texts, "callback": texts, "reason": texts, "token": str(uuid.uuid4()),
         "lease": timedelta(seconds=30), "ordered": True, "states": ["dispatched"] * BATCH,
         "since": SYSTEM.now() - timedelta(days=1),

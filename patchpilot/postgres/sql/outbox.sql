@@ -15,5 +15,9 @@ SELECT message.*, %(shadow)s FROM unnest(
 ) AS message
 ON CONFLICT (message_id) DO UPDATE SET sent_at = now()
 
+-- name: going_on
+-- Whoever pushes these is still at it.
+UPDATE patchpilot.outbox SET sent_at = now() WHERE message_id = ANY(%(message_ids)s::uuid[])
+
 -- name: end
 DELETE FROM patchpilot.outbox WHERE message_id = ANY(%(message_ids)s::uuid[])

@@ -147,11 +147,11 @@ SELECT group_id, task_id FROM (
 WHERE place <= 100
 
 -- name: still_there
--- Which of these messages nobody has ended or sent again since they were looked at.
+-- Which of these messages nobody has ended or sent again since they were looked at, or is still about to push.
 SELECT o.message_id::text
 FROM patchpilot.outbox o
-JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
-    ON seen.message_id = o.message_id AND seen.resends = o.resends
+JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(sent_at)s::timestamptz[]) AS seen (message_id, resends, sent_at)
+    ON seen.message_id = o.message_id AND seen.resends = o.resends AND seen.sent_at = o.sent_at
 
 -- name: ended_parts
 -- Parts that are still to come although their task has ended: the return was interrupted.
@@ -197,11 +197,11 @@ WHERE c.state IN ('open', 'claimed') AND NOT c.shadow AND c.publish_error IS NUL
 ORDER BY c.group_id, p.position
 
 -- name: take
--- Compare and set: of several recoveries that saw the same loss, one gets the message.
+-- Compare and set: of several recoveries that saw the same loss, one gets the message; none if its producer is at it.
 UPDATE patchpilot.outbox o
 SET sent_at = now(), resends = o.resends + 1
-FROM unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
-WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND NOT o.shadow
+FROM unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(sent_at)s::timestamptz[]) AS seen (message_id, resends, sent_at)
+WHERE o.message_id = seen.message_id AND o.resends = seen.resends AND o.sent_at = seen.sent_at AND NOT o.shadow
 RETURNING o.message_id::text, o.task_id, o.task_name, o.exchange, o.routing_key, o.headers, o.properties, o.body,
           o.content_type, o.content_encoding
 
