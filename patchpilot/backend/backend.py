@@ -28,7 +28,7 @@ from patchpilot.backend.chords import Chords, Waiting, waiting
 from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
 from patchpilot.backend.ending import left_to_recovery
-from patchpilot.backend.fence import Fence
+from patchpilot.backend.fence import Fence, stop_renewal
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.install import RESULTS, set_unless_set
@@ -372,10 +372,13 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
 def _on_postrun(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:
     """A task ended in this process: its message and its start are over, unless they went with its result."""
-    backend = task.app.backend if task is not None else None
-    if state is None or not isinstance(backend, Backend):
+    if task is None:
         return
     request = task.request
+    stop_renewal(request)
+    backend = task.app.backend
+    if state is None or not isinstance(backend, Backend):  # it was interrupted, or is none of ours
+        return
     if getattr(request, "patchpilot_keep", False) or getattr(request, "patchpilot_ended", False):
         return
     start, message_id = getattr(request, "patchpilot_start", None), getattr(request, MESSAGE_ID, None)

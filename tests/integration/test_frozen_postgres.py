@@ -25,7 +25,7 @@ from patchpilot.recovery import Recovery, Site, Window
 from tests.conftest import shop_on
 from tests.support.frozen import Freezable, freezable
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, note, total
+from tests.support.shop import add, app, hold, note, renewals, total
 
 pytestmark = pytest.mark.backend
 
@@ -136,9 +136,10 @@ def test_publishing_fails_and_what_failed_is_not_on_record(hasty: Shop, postgres
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
 def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable, pool: str) -> None:
-    """It has succeeded, and does not become a failure; and the worker goes on."""
+    """It has succeeded, and does not become a failure; and the worker goes on. No lease is renewed for what is over."""
     gate = hasty.directory / "gate"
-    worker = hasty.worker("--pool", pool, "-c", "1", SHOP_SETTINGS=json.dumps(HASTY))
+    settings = json.dumps({**HASTY, "patchpilot_fence_lease": 3600})
+    worker = hasty.worker("--pool", pool, "-c", "1", SHOP_SETTINGS=settings)
     assert note.delay(0).get(timeout=WAIT) == 0  # whoever runs tasks is connected
     result = chord([hold.s(5, str(gate))], total.s()).apply_async()
     [part] = result.parent.results
@@ -154,6 +155,7 @@ def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable,
     assert result.get(timeout=WAIT) == 5
     assert note.delay(1).get(timeout=WAIT) == 1
     assert part.state == "SUCCESS"
+    until(lambda: renewals.delay().get(timeout=WAIT) == 0, seconds=WAIT, what="the callback's lease was let go")
 
 
 def test_a_task_whose_end_was_not_recorded_stays_in_the_outbox(hasty: Shop, postgres: Freezable) -> None:
