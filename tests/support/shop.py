@@ -106,6 +106,13 @@ def hold(value: Any, gate: str, label: str = "hold") -> Any:
 
 
 @app.task
+def spoil(gate: str) -> None:
+    """As :func:`hold`, and then fail."""
+    hold(None, gate, label="spoil")
+    raise ValueError("spoilt")
+
+
+@app.task
 def seems_dead() -> None:
     """Close the pipe that tells the worker of this process's death, as its death would do a moment before its end."""
     frame = sys._getframe()
