@@ -25,7 +25,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, app, becomes_chain, becomes_hold, hold, note, renewals, stubborn, total
+from tests.support.shop import add, app, becomes_chain, becomes_hold, everybody, hold, note, renewals, stubborn, total
 
 pytestmark = pytest.mark.backend
 
@@ -408,6 +408,23 @@ def test_with_all_of_it_fenced_nothing_runs_twice(shop: Shop) -> None:
     until(lambda: worker.output().count("is not run again") == 2, seconds=30, what="the others were dropped")
     shop.stop()
     assert sorted(shop.ledger()) == ["add 1 1", "add 2 2", "total 6"]
+
+
+@pytest.mark.parametrize("fence", ["all", "callbacks"])
+def test_what_goes_to_all_who_listen_is_run_by_all(shop: Shop, broker: redis.Redis, fence: str) -> None:
+    """Sent by a producer, or by a worker: the next of a chain, or a callback. So is what follows it."""
+    for _ in range(2):
+        shop.worker("-c", "1", SHOP_FENCE=fence, SHOP_EVERYBODY="1")
+
+    def listening() -> int:  # each worker to two topics: remote control, and this one
+        return sum(int(client["psub"]) for client in broker.client_list())
+
+    until(lambda: listening() >= 4, seconds=30, what="both workers listened")
+    chain(add.s(1, 1), note.s(label="follows")).apply_async(queue=everybody)
+    chain(add.s(2, 2), note.s(label="next").set(queue="everybody")).apply_async()
+    chord([add.s(3, 3)], total.s().set(queue="everybody")).apply_async()
+    for line in ("add 1 1", "follows 2", "next 4", "total 6"):
+        shop.await_line(line, count=2)
 
 
 def test_without_the_fence_a_callback_runs_as_often_as_it_is_delivered(shop: Shop) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery, Task, chain, chord, group
 from celery.result import allow_join_result
+from kombu import Exchange, Queue
 
 import patchpilot
 from patchpilot.clock import SYSTEM
@@ -36,6 +37,9 @@ app.conf.update(
     worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
     accept_content=os.environ.get("SHOP_ACCEPT", "json").split(","),
 )
+everybody = Queue("everybody", Exchange("everybody", type="fanout"), routing_key="everybody")
+if os.environ.get("SHOP_EVERYBODY") == "1":
+    app.conf.task_queues = [Queue("celery"), everybody]
 app.conf.update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))
 if os.environ.get("SHOP_STOCK") != "1":
     patchpilot.install(app, recover=os.environ.get("SHOP_RECOVER") == "1")
