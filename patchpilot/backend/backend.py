@@ -28,8 +28,8 @@ from patchpilot.backend.chords import Chords, Waiting, waiting
 from patchpilot.backend.config import CALLBACK_OF, CANARY, MESSAGE_ID, Config, Counting
 from patchpilot.backend.counter import Counter
 from patchpilot.backend.deferred import defer
-from patchpilot.backend.ending import left_to_recovery
-from patchpilot.backend.fence import Fence
+from patchpilot.backend.ending import LEFT, Endings
+from patchpilot.backend.fence import Fence, stop_renewal
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.install import RESULTS, set_unless_set
@@ -78,6 +78,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         self.finisher = Finisher(self.app, self.database, self, self.outbox, self.config)
         self.counter = Counter(lambda: self.client, self.get_key_for_group, self.config.valkey_budget)
         self.fence = Fence(self.app, self.database, self.config.fence, self.config.fence_lease, self._on_repetition)
+        self.endings = Endings(self.config.journal)
         self.outbox.install()
         self.fence.install()
         Heartbeat(self.database, self.outbox.identity).install()
@@ -98,8 +99,11 @@ class Backend(RedisBackend):  # type: ignore[misc]
             return result
         try:
             if getattr(request, "patchpilot_done", None) == task_id:
-                request.patchpilot_part = waiting(self.database.fetch(SQL["finish"], row | self._end(request, result)))
+                row |= self._end(request, result)
+                request.patchpilot_part = waiting(self.endings.record(lambda: self.database.fetch(SQL["finish"], row)))
                 request.patchpilot_ended = True
+            elif request is not None and state in states.READY_STATES:
+                self.endings.record(lambda: self.database.execute(SQL["store"], row))
             else:
                 self.database.execute(SQL["store"], row)
         except PatchpilotError as error:
@@ -202,7 +206,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
         if request is not None and state == states.SUCCESS:
             request.patchpilot_done = task_id  # its result, its part, its message and its start go in one statement
         done = partial(super().mark_as_done, task_id, result, request, store_result, state)
-        with left_to_recovery(task_id, request):
+        with self.endings.left_to_recovery(task_id, request):
             try:
                 done()
             except SoftTimeLimitExceeded:  # it strikes once, and the task's body has ended in time
@@ -221,7 +225,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             # message stays in the outbox, and recovery sends it again once the lease of the dead process is over.
             logger.error("Callback %s is left to recovery: its process was killed", task_id)
             return
-        with left_to_recovery(task_id, request):
+        with self.endings.left_to_recovery(task_id, request):
             super().mark_as_failure(task_id, exc, *args, **kwargs)
             self._ended_outside(request)
 
@@ -236,7 +240,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def mark_as_revoked(self, task_id: str, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
-        with left_to_recovery(task_id, request):
+        with self.endings.left_to_recovery(task_id, request):
             super().mark_as_revoked(task_id, *args, **kwargs)
             self._ended_outside(request)
 
@@ -274,9 +278,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
         """A header task ended. Whatever goes wrong here, its own outcome stands: recovery finishes what is left."""
         if not request.id or not request.group:
             return
-        task_id, group_id = str(request.id), str(request.group)
+        task_id, group_id, fate = str(request.id), str(request.group), self.endings.fate(request)
         try:
-            chord = self._returned(request, state, result)
+            chord = self.endings.record(lambda: self._returned(request, state, result))
+            fate = LEFT  # its part is on record
             if chord is None and group_id.startswith(CANARY):
                 return  # nobody waits for it any more
             if chord is None:  # sent by a producer that does not use this backend yet
@@ -289,7 +294,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             request.patchpilot_keep = True  # its message stays in the outbox, or nothing would tell of the part
             expected = isinstance(error, PatchpilotError | RedisError)
             logger.error(  # noqa: TRY400 - a traceback only for what nobody foresaw
-                "Chord %s is left to recovery, from part %s on: %s", group_id, task_id, error, exc_info=not expected
+                "Chord %s %s, from part %s on: %s", group_id, fate, task_id, error, exc_info=not expected
             )
 
     def _returned(self, request: Any, state: str, result: Any) -> Waiting | None:
@@ -375,10 +380,13 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
 def _on_postrun(task: Any = None, state: str | None = None, retval: Any = None, **_: Any) -> None:
     """A task ended in this process: its message and its start are over, unless they went with its result."""
-    backend = task.app.backend if task is not None else None
-    if state is None or not isinstance(backend, Backend):
+    if task is None:
         return
     request = task.request
+    stop_renewal(request)
+    backend = task.app.backend
+    if state is None or not isinstance(backend, Backend):  # it was interrupted, or is none of ours
+        return
     if getattr(request, "patchpilot_keep", False) or getattr(request, "patchpilot_ended", False):
         return
     start, message_id = getattr(request, "patchpilot_start", None), getattr(request, MESSAGE_ID, None)

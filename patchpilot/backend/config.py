@@ -34,6 +34,9 @@ FOLLOWS = "patchpilot_follows"
 ORIGIN = "patchpilot_origin"
 """Message header: the message by which a task began that has retried or replaced itself since."""
 
+TO_ALL = "patchpilot_to_all"
+"""Message header: it went to all who listen, so each of them runs it."""
+
 CANARY = "patchpilot.canary"
 """The canary task's name, and what the names of its queues and chords begin with. Its messages are not recorded."""
 

@@ -23,6 +23,7 @@ from datetime import timedelta
 from functools import wraps
 from typing import Any, LiteralString
 from uuid import uuid4
+from weakref import WeakKeyDictionary, ref
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery, signals
@@ -107,8 +108,8 @@ class Fence:
                 return run(*args, **kwargs)
             start = self._begin(request, scope, acks_late=bool(task.acks_late))
             request.patchpilot_start = start
-            with _Renewal(lambda: self._renew(start), self._lease):
-                return run(*args, **kwargs)
+            _renewals[request] = _Renewal(request, self, start, self._lease)
+            return run(*args, **kwargs)
 
         guarded.patchpilot = True  # type: ignore[attr-defined]
         return guarded
@@ -184,12 +185,13 @@ class Fence:
         row = {**start.row(), "worker": this_process(), "lease": self._lease, "gone": gone}
         return bool(self._database.fetch(SQL["start"], row))
 
-    def _renew(self, start: Start) -> None:
+    def renew(self, start: Start) -> bool:
+        """False if somebody else has it."""
         try:
-            if not self._database.execute(SQL["renew"], {**start.row(), "lease": self._lease}):
-                logger.error("Task %s lost its lease while it runs; it may run twice", start.task_id)
+            return bool(self._database.execute(SQL["renew"], {**start.row(), "lease": self._lease}))
         except PatchpilotError as error:
             logger.warning("The lease of task %s was not renewed: %s", start.task_id, error)
+            return True
 
     def end(self, start: Start, message_id: str | None) -> None:
         """The execution is over, and its message with it."""
@@ -217,20 +219,35 @@ class Fence:
 
 
 class _Renewal:
-    """Renews a lease from a thread of its own while the body runs."""
+    """Renews the lease of a start, from a thread of its own, until the task is over: what follows it is published, and
+    its end recorded, when its body has long ended.
 
-    def __init__(self, renew: Callable[[], None], lease: timedelta) -> None:
-        self._renew = renew
+    :param request: of the task. Nobody has it any more when the task is over, even if nobody said so.
+    """
+
+    def __init__(self, request: Any, fence: Fence, start: Start, lease: timedelta) -> None:
+        self._request = ref(request)
+        self._fence = fence
+        self._start = start
         self._every = lease.total_seconds() / 3
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="patchpilot-lease", daemon=True)
+        threading.Thread(target=self._work, name="patchpilot-lease", daemon=True).start()
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         self._over.set()
 
     def _work(self) -> None:
-        while not SYSTEM.wait(self._over, self._every):
-            self._renew()
+        while not SYSTEM.wait(self._over, self._every) and self._request() is not None:
+            if not self._fence.renew(self._start) and not self._over.is_set():
+                logger.error("Task %s lost its lease while it runs; it may run twice", self._start.task_id)
+
+
+_renewals: WeakKeyDictionary[Any, _Renewal] = WeakKeyDictionary()
+"""By request, and not in it: applications copy and serialise those."""
+
+
+def stop_renewal(request: Any) -> None:
+    """The task of ``request`` is over, in whatever way."""
+    renewal = _renewals.pop(request, None)
+    if renewal is not None:
+        renewal.stop()

@@ -13,7 +13,7 @@ from celery.app import amqp
 from kombu.serialization import dumps, loads
 from kombu.utils import json
 
-from patchpilot.backend.config import CALLBACK_OF, CANARY, FOLLOWS, MESSAGE_ID, ORIGIN
+from patchpilot.backend.config import CALLBACK_OF, CANARY, FOLLOWS, MESSAGE_ID, ORIGIN, TO_ALL
 
 # Options of Producer.publish that steer this publish and are not part of the message.
 _STEERING = frozenset({
@@ -59,6 +59,8 @@ class Message:
     """How it is published."""
     broker: str | None = None
     """Where to."""
+    callback_of: str | None = None
+    """The chord whose callback it is."""
     to_all: bool = False
     """To all who listen at that moment, by a fanout exchange: it is in no queue, and nobody can say who missed it."""
     flaw: str | None = None
@@ -67,11 +69,6 @@ class Message:
     @property
     def name(self) -> str:
         return str(self.headers["task"])
-
-    @property
-    def callback_of(self) -> str | None:
-        """The chord whose callback this message is."""
-        return self.headers.get(CALLBACK_OF)
 
     def __str__(self) -> str:
         return f"{self.name}[{self.headers['id']}]"
@@ -134,13 +131,16 @@ def prepare(
     :param callback_of: the chord whose callback it is.
     :param message_id: its id, if it was prepared before.
     :param broker: where to, as the record calls it.
-    :param to_all: to a fanout exchange.
+    :param to_all: to an exchange of which the connection knows that it is a fanout exchange.
     :raises EncodeError: if the body cannot be serialised.
     """
     options = dict(options)
     headers = options["headers"]
     message_id = message_id or str(uuid4())
-    if headers["task"] != CANARY:
+    to_all = to_all or _declares_fanout(options)
+    if to_all:
+        _unmark(headers)
+    elif headers["task"] != CANARY:
         headers.update(_marks(headers, message_id, callback_of))
     content_type, encoding, payload = dumps(body, serializer=options.pop("serializer", None))
     if _is_retried_by_celery():
@@ -154,6 +154,7 @@ def prepare(
         content=(content_type, encoding),
         options=options,
         broker=broker,
+        callback_of=callback_of or headers.get(CALLBACK_OF),
         to_all=to_all,
         flaw=_flaw(payload, content_type, encoding),
     )
@@ -180,6 +181,20 @@ def _marks(headers: Mapping[str, Any], message_id: str, callback_of: str | None)
     return {**marks, MESSAGE_ID: message_id}
 
 
+def _declares_fanout(options: Mapping[str, Any]) -> bool:
+    """Whether the exchange that a message goes to will be declared with it, as a fanout exchange."""
+    name = getattr(options.get("exchange"), "name", options.get("exchange"))
+    exchanges = (getattr(each, "exchange", None) for each in options.get("declare") or ())
+    return any(each is not None and each.name == name and each.type == "fanout" for each in exchanges)
+
+
+def _unmark(headers: dict[str, Any]) -> None:
+    """Each who has it runs it: by our marks it would be one execution. A retry brings those of the message before."""
+    for mark in (MESSAGE_ID, CALLBACK_OF, FOLLOWS, ORIGIN):
+        headers.pop(mark, None)
+    headers[TO_ALL] = True
+
+
 def _continued(headers: Mapping[str, Any], request: Any) -> dict[str, str]:
     """What the message of a retry or a replacement takes over from the task that runs here and now."""
     retried = headers["id"] == request.id and (headers.get("retries") or 0) > (request.retries or 0)
@@ -195,8 +210,11 @@ def _continued(headers: Mapping[str, Any], request: Any) -> dict[str, str]:
 def _followed(task_id: str, request: Any) -> dict[str, str]:
     """Which message the task of a message follows, if that is next in the chain of the one that runs here, or its link.
 
-    Should that one run a second time, it will publish the same task id once more, even if it has retried since.
+    Should that one run a second time, it will publish the same task id once more, even if it has retried since. If its
+    message went to all, so will each who has it, and those are no repetitions.
     """
+    if request.get(TO_ALL):
+        return {}
     noted = request.get("patchpilot_following")
     follows = task_id in (following(request) if noted is None else noted)
     return {FOLLOWS: origin(request) or str(request.id)} if follows else {}

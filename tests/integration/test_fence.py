@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import redis
-from celery import chain, chord, group
-from celery.exceptions import Ignore
+from celery import Celery, Task, chain, chord, group
+from celery.app.trace import build_tracer
+from celery.exceptions import Ignore, Reject
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
 from patchpilot.backend.fence import Fence
@@ -21,7 +25,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, app, becomes_chain, becomes_hold, hold, note, stubborn, total
+from tests.support.shop import add, app, becomes_chain, becomes_hold, everybody, hold, note, renewals, stubborn, total
 
 pytestmark = pytest.mark.backend
 
@@ -171,6 +175,113 @@ def test_a_long_callback_keeps_its_lease(shop: Shop) -> None:
         until(lambda: database.fetch(sql) == [finished], seconds=30, what="its one start was over")
 
 
+def test_a_callback_keeps_its_lease_until_what_follows_it_is_published(shop: Shop, broker: redis.Redis) -> None:
+    """Its body has ended, and the broker lets nobody write."""
+    gate = shop.directory / "gate"
+    result = chord([add.s(1, 1)], hold.s(str(gate)).set(link=note.s())).apply_async()
+    worker = shop.worker("-c", "1", SHOP_FENCE_LEASE="1")
+    shop.await_line("hold began")
+    sql = "SELECT finished_at IS NULL AS runs, lease_until FROM patchpilot.fence WHERE task_id = %s"
+    leases: set[object] = set()
+
+    def renewed() -> bool:
+        [row] = database.fetch(sql, [result.id])
+        leases.add(row["lease_until"] if row["runs"] else "over")
+        return len(leases) > 3
+
+    with Database(shop.dsn) as database:
+        broker.client_pause(600_000, all=False)
+        try:
+            gate.touch()
+            shop.await_line("hold ended")
+            until(renewed, seconds=30, what="the lease was renewed again and again")
+            assert "over" not in leases
+        finally:
+            broker.client_unpause()
+    assert result.get(timeout=30) == [2]
+    shop.await_line("note [2]")
+    assert "lost its lease" not in worker.output()
+
+
+def test_a_lease_is_lost_to_somebody_else_only(shop: Shop) -> None:
+    """A start that is over in the moment in which it is renewed has lost nothing."""
+    with Database(shop.dsn) as database:
+        fence = Fence(app, database, FenceMode.ALL, timedelta(0), lambda _request: None)
+        request = SimpleNamespace(id="one", task=add.name)
+        first = fence._begin(request, "scope", acks_late=False)
+        second = fence._begin(request, "scope", acks_late=False)
+        assert (fence.renew(first), fence.renew(second)) == (False, True)
+        fence.end(second, None)
+        assert fence.renew(second)
+
+
+def replaced(task: Task) -> None:
+    task.replace(task.app.signature("elsewhere"))
+
+
+def raising(error: BaseException) -> Callable[[Task], None]:
+    def end(_task: Task) -> None:
+        raise error
+
+    return end
+
+
+ENDS: dict[str, Callable[[Task], object]] = {
+    "success": lambda _task: None,
+    "failure": raising(ValueError("boom")),
+    "ignored": raising(Ignore()),
+    "rejected": raising(Reject("no")),
+    "given back": raising(Reject("later", requeue=True)),
+    "retried": lambda task: task.retry(countdown=0),
+    "replaced": replaced,
+    "exit": raising(SystemExit(1)),
+    "interrupted": raising(KeyboardInterrupt()),
+    "called directly": lambda task: task("success"),
+    "eager inside": lambda task: task.apply(("failure",)),
+}
+
+
+@pytest.fixture
+def own(shop: Shop) -> Iterator[Task]:
+    """A task, of an application of its own, that ends as it is told to."""
+    settings = {"patchpilot_postgres": shop.dsn, "patchpilot_fence": "all", "patchpilot_fence_lease": 3600}
+    with Celery("own", broker=shop.broker, backend=f"patchpilot+{shop.broker}", set_as_current=False) as own:
+        own.conf.update(settings)
+
+        @own.task(bind=True, shared=False)
+        def ends(self: Task, how: str) -> None:
+            before.append(renewals())
+            ENDS[how](self)
+
+        before = ends.before = []
+        own.finalize()
+        yield ends
+        own.backend.client.connection_pool.disconnect()
+        own.backend.database.close()
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_however_a_task_ends_no_thread_is_left(own: Task, how: str) -> None:
+    assert own.app.backend is not None  # which puts the fence around its tasks
+    tracer = build_tracer(own.name, own, app=own.app)
+    task_id = str(uuid.uuid4())
+    request = {"id": task_id, MESSAGE_ID: str(uuid.uuid4()), "delivery_info": {}, "is_eager": False}
+    with suppress(SystemExit, KeyboardInterrupt):
+        tracer(task_id, (how,), {}, request)
+    assert own.before[0] == 1
+    until(lambda: renewals() == 0, seconds=30, what="the thread had ended")
+
+
+def test_a_task_of_which_nobody_says_that_it_is_over_keeps_its_lease_no_longer(own: Task) -> None:
+    own.app.conf.patchpilot_fence_lease = 1
+    assert own.app.backend is not None
+    own.push_request(id="one", called_directly=False, **{MESSAGE_ID: str(uuid.uuid4())})
+    own.run("success")
+    assert renewals() == 1
+    own.pop_request()
+    until(lambda: renewals() == 0, seconds=30, what="the thread had ended")
+
+
 def deliver_again(shop: Shop, task_id: str) -> None:
     """Push the message of ``task_id`` once more, as a failover that undoes its pop would."""
     with Database(shop.dsn) as database:
@@ -297,6 +408,23 @@ def test_with_all_of_it_fenced_nothing_runs_twice(shop: Shop) -> None:
     until(lambda: worker.output().count("is not run again") == 2, seconds=30, what="the others were dropped")
     shop.stop()
     assert sorted(shop.ledger()) == ["add 1 1", "add 2 2", "total 6"]
+
+
+@pytest.mark.parametrize("fence", ["all", "callbacks"])
+def test_what_goes_to_all_who_listen_is_run_by_all(shop: Shop, broker: redis.Redis, fence: str) -> None:
+    """Sent by a producer, or by a worker: the next of a chain, or a callback. So is what follows it."""
+    for _ in range(2):
+        shop.worker("-c", "1", SHOP_FENCE=fence, SHOP_EVERYBODY="1")
+
+    def listening() -> int:  # each worker to two topics: remote control, and this one
+        return sum(int(client["psub"]) for client in broker.client_list())
+
+    until(lambda: listening() >= 4, seconds=30, what="both workers listened")
+    chain(add.s(1, 1), note.s(label="follows")).apply_async(queue=everybody)
+    chain(add.s(2, 2), note.s(label="next").set(queue="everybody")).apply_async()
+    chord([add.s(3, 3)], total.s().set(queue="everybody")).apply_async()
+    for line in ("add 1 1", "follows 2", "next 4", "total 6"):
+        shop.await_line(line, count=2)
 
 
 def test_without_the_fence_a_callback_runs_as_often_as_it_is_delivered(shop: Shop) -> None:

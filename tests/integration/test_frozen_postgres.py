@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -25,7 +26,7 @@ from patchpilot.recovery import Recovery, Site, Window
 from tests.conftest import shop_on
 from tests.support.frozen import Freezable, freezable
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, note, total
+from tests.support.shop import add, app, hold, note, renewals, spoil, total
 
 pytestmark = pytest.mark.backend
 
@@ -136,9 +137,10 @@ def test_publishing_fails_and_what_failed_is_not_on_record(hasty: Shop, postgres
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
 def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable, pool: str) -> None:
-    """It has succeeded, and does not become a failure; and the worker goes on."""
+    """It has succeeded, and does not become a failure; and the worker goes on. No lease is renewed for what is over."""
     gate = hasty.directory / "gate"
-    worker = hasty.worker("--pool", pool, "-c", "1", SHOP_SETTINGS=json.dumps(HASTY))
+    settings = json.dumps({**HASTY, "patchpilot_fence_lease": 3600})
+    worker = hasty.worker("--pool", pool, "-c", "1", SHOP_SETTINGS=settings)
     assert note.delay(0).get(timeout=WAIT) == 0  # whoever runs tasks is connected
     result = chord([hold.s(5, str(gate))], total.s()).apply_async()
     [part] = result.parent.results
@@ -154,6 +156,60 @@ def test_the_end_of_a_task_is_left_to_recovery(hasty: Shop, postgres: Freezable,
     assert result.get(timeout=WAIT) == 5
     assert note.delay(1).get(timeout=WAIT) == 1
     assert part.state == "SUCCESS"
+    until(lambda: renewals.delay().get(timeout=WAIT) == 0, seconds=WAIT, what="the callback's lease was let go")
+
+
+def forget_the_ids(broker: redis.Redis) -> None:
+    """Make the messages in the queue such as a producer without patchpilot sends."""
+    for _ in range(broker.llen("celery")):
+        message = json.loads(broker.rpop("celery"))
+        del message["headers"][MESSAGE_ID]
+        broker.lpush("celery", json.dumps(message))
+
+
+@pytest.mark.parametrize("journal", [False, "warn", True], ids=["no journal", "warn", "no id"])
+def test_the_end_of_a_task_that_nothing_would_bring_back_waits_for_it(
+    hasty: Shop, postgres: Freezable, monkeypatch: pytest.MonkeyPatch, journal: Any
+) -> None:
+    """It succeeded or failed, and stays so, and its chord goes on; with a result, or without one, and though a time
+    limit strikes meanwhile."""
+    monkeypatch.setitem(app.conf, "patchpilot_journal_messages", journal)
+    settings = json.dumps({**HASTY, "patchpilot_journal_messages": journal})
+    gate = str(hasty.directory / "gate")
+    held = [hold.si(5, gate, label="stored").set(soft_time_limit=8), hold.si(5, gate).set(ignore_result=True)]
+    results = [chord([each], total.s()).apply_async() for each in (*held, spoil.s(gate))]
+    parts = [result.parent.results[0].id for result in results]
+    with redis.Redis.from_url(hasty.broker) as broker:
+        if journal is True:
+            forget_the_ids(broker)
+        worker = hasty.worker("-c", "3", SHOP_SETTINGS=settings)
+    for label in ("stored", "hold", "spoil"):
+        hasty.await_line(f"{label} began", seconds=WAIT)
+    with postgres.frozen():
+        Path(gate).touch()
+        for part in parts:
+            waits = f"[{part}] waits before it ends"
+            until(lambda wanted=waits: wanted in worker.output(), seconds=WAIT, what=f"{waits}: {worker.output()}")
+        struck = f"[{parts[0]}] ends in spite of its soft time limit"
+        until(lambda: struck in worker.output(), seconds=WAIT, what=f"the limit struck: {worker.output()[-2000:]}")
+    assert [result.get(timeout=WAIT) for result in results[:2]] == [5, 5]
+    assert "spoilt" in str(results[2].get(timeout=WAIT, propagate=False))
+    assert [each.parent.results[0].state for each in results] == ["SUCCESS", "PENDING", "FAILURE"]
+    assert worker.output().count("waits before it ends") == 3
+    assert "left to recovery" not in worker.output()
+
+
+def test_what_nothing_would_bring_back_and_ends_outside_of_its_process_is_lost_and_it_says_so(
+    hasty: Shop, postgres: Freezable
+) -> None:
+    """All others of that worker would wait for a main process that waits."""
+    settings = json.dumps({**HASTY, "patchpilot_journal_messages": False})
+    worker = hasty.worker("-c", "1", SHOP_SETTINGS=settings)
+    result = hold.apply_async((5, str(hasty.directory / "gate")), time_limit=5)
+    hasty.await_line("hold began")
+    with postgres.frozen():
+        lost = f"Task {result.id} is lost unless its message is delivered again, its end was not recorded"
+        until(lambda: lost in worker.output(), seconds=WAIT, what=f"it said so: {worker.output()[-2000:]}")
 
 
 def test_a_task_whose_end_was_not_recorded_stays_in_the_outbox(hasty: Shop, postgres: Freezable) -> None:

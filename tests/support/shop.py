@@ -14,6 +14,7 @@ from typing import Any
 
 from celery import Celery, Task, chain, chord, group
 from celery.result import allow_join_result
+from kombu import Exchange, Queue
 
 import patchpilot
 from patchpilot.clock import SYSTEM
@@ -36,6 +37,9 @@ app.conf.update(
     worker_deduplicate_successful_tasks=os.environ.get("SHOP_DEDUPLICATE") == "1",
     accept_content=os.environ.get("SHOP_ACCEPT", "json").split(","),
 )
+everybody = Queue("everybody", Exchange("everybody", type="fanout"), routing_key="everybody")
+if os.environ.get("SHOP_EVERYBODY") == "1":
+    app.conf.task_queues = [Queue("celery"), everybody]
 app.conf.update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))
 if os.environ.get("SHOP_STOCK") != "1":
     patchpilot.install(app, recover=os.environ.get("SHOP_RECOVER") == "1")
@@ -84,6 +88,12 @@ def mourn(request: Any, exc: Any, traceback: Any) -> None:
 
 
 @app.task
+def renewals() -> int:
+    """How many leases are being renewed in this process."""
+    return sum(thread.name == "patchpilot-lease" for thread in threading.enumerate())
+
+
+@app.task
 def note(value: Any, label: str = "note") -> Any:
     write(f"{label} {value!r}")
     return value
@@ -97,6 +107,13 @@ def hold(value: Any, gate: str, label: str = "hold") -> Any:
         SYSTEM.wait(threading.Event(), 0.02)
     write(f"{label} ended")
     return value
+
+
+@app.task
+def spoil(gate: str) -> None:
+    """As :func:`hold`, and then fail."""
+    hold(None, gate, label="spoil")
+    raise ValueError("spoilt")
 
 
 @app.task

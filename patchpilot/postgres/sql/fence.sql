@@ -16,9 +16,9 @@ SELECT worker, finished_at IS NOT NULL AS finished
 FROM patchpilot.fence WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s
 
 -- name: renew
+-- A row is touched for as long as nobody else has begun it: also if it is over by now.
 UPDATE patchpilot.fence SET lease_until = now() + %(lease)s
 WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND owner = %(owner)s
-  AND finished_at IS NULL
 
 -- name: end
 -- An execution is over: its start, and its message with it.
