@@ -18,8 +18,9 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Site, Window, evidence, hands
 from patchpilot.recovery.housekeeping import Housekeeping
+from tests.support.extras import mourns_long
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, total
+from tests.support.shop import add, app, boom, hold, total
 
 pytestmark = pytest.mark.backend
 
@@ -162,6 +163,27 @@ def test_what_has_been_running_for_long_does_not_tell_that_its_header_is_being_p
     lost = [(result.id, "header-message-lost", True)]
     until(lambda: told(recovery.survey(NOW)) == lost, seconds=30, what="it had begun before recovery looked")
     gate.touch()
+
+
+def test_a_chord_whose_errback_takes_longer_than_the_claim_is_its_worker_s_as_long_as_that_lives(
+    shop: Shop, recovery: Recovery
+) -> None:
+    gate = shop.directory / "gate"
+    worker = shop.worker("-c", "1", "-I", "tests.support.extras", SHOP_CLAIM_LEASE="1")
+    failing = chord([boom.s()], total.s().on_error(mourns_long.s(gate=str(gate)))).apply_async().parent.id
+    shop.await_line("mourning began")
+    with Database(shop.dsn) as database:
+        over = "SELECT FROM patchpilot.chord WHERE state = 'claimed' AND claim_until < now()"
+        until(lambda: database.fetch(over) != [], seconds=30, what="the lease was over")
+    assert recovery.recover(NOW) == ()
+    worker.kill()
+    found = [(failing, "dispatch-interrupted", True)]
+    until(lambda: told(recovery.survey(NOW)) == found, seconds=30, what="its worker counted as dead")
+    assert [it.id for it in recovery.recover(NOW)] == [failing]
+    gate.touch()
+    shop.worker("-c", "1", "-I", "tests.support.extras")
+    shop.await_line("mourning ended")
+    assert shop.ledger().count("mourning began") == 2
 
 
 @pytest.mark.parametrize(("dead_after", "diagnosis"), [(10, "message-lost"), (60, "unknown")])
