@@ -145,9 +145,10 @@ class Recovery:
             seem to refuse.
         :param plan: do only what is in it, as far as it is still so.
         """
+        names = self._broker.names()
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.
-        self._database.execute(SQL["distrust_counts"])
-        purge(self._database, self._app("json"))
+        self._database.execute(SQL["distrust_counts"], {"brokers": sorted(names)})
+        purge(self._database, self._app("json"), names)
         evidence = self._collect(window, assume_lost=assume_lost)
         messages = {message.message_id: message for message in evidence.messages}
         ended = [key for key, message in messages.items() if message.where is Where.ENDED]
@@ -162,7 +163,7 @@ class Recovery:
         for start in range(0, len(curable), BATCH):
             done += self._try(remedies, curable[start : start + BATCH], messages, outwards=outwards)
         with suppress(Transient):  # a later pass finds what is left
-            sweep_up(self._database, self._servers, window.min_age)
+            sweep_up(self._database, self._servers, names, window.min_age)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes, quiet(evidence))
 

@@ -11,6 +11,7 @@ import pytest
 import redis
 from celery import Celery, chord
 
+from patchpilot.backend.config import CANARY
 from patchpilot.backend.identity import Identity
 from patchpilot.backend.message import Part
 from patchpilot.broker_name import NAMES, name_of_url
@@ -125,6 +126,26 @@ def test_what_a_version_before_wrote_belongs_to_any_broker(shop: Shop, other: st
     with Recovery(Site(other, shop.dsn), stale=SOON) as recovery:
         assert recovery.elsewhere() == ()
         assert [it.id for it in recovery.survey(NOW)] == [group_id]
+
+
+def test_of_another_broker_s_record_a_sweep_changes_nothing(shop: Shop, other: str) -> None:
+    """Its counts are not distrusted, its keys not taken for looked after, its canaries not for forgotten."""
+    for name in ("open", "over", "canary"):
+        chord([add.s(1, 1)], total.s()).apply_async(task_id=name)
+    changed = """SELECT callback_id FROM patchpilot.chord WHERE distrusted UNION
+                 SELECT callback_id FROM patchpilot.chord WHERE swept"""
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.chord SET counting = 'valkey', created_at = now() - interval '2 h'")
+        database.execute(
+            """UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() - interval '1 h'
+               WHERE callback_id = 'over'"""
+        )
+        database.execute("UPDATE patchpilot.chord SET callback_name = %s WHERE callback_id = 'canary'", (CANARY,))
+        for broker, seen, left in ((other, set(), 3), (shop.broker, {"open", "over"}, 2)):
+            with Recovery(Site(broker, shop.dsn), stale=SOON) as recovery:
+                recovery.recover(NOW)
+            assert {row["callback_id"] for row in database.fetch(changed)} == seen
+            assert len(database.fetch("SELECT FROM patchpilot.chord")) == left
 
 
 def test_a_callback_is_dispatched_to_the_broker_of_its_chord(

@@ -56,6 +56,7 @@ ORDER BY found.progress_at, found.group_id
 -- on the parts of every chord that is open now are counted in PostgreSQL.
 UPDATE patchpilot.chord SET distrusted = true
 WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
+  AND (broker IS NULL OR broker = ANY(%(brokers)s::text[]))
 
 -- name: messages
 -- Every message whose task has not ended, as far as PostgreSQL knows; and how many are too young or too old to be looked
