@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ class Sweep:
     changes: tuple[Change, ...] = ()
     quiet: Quiet = field(default_factory=Quiet)
     """What else is open."""
+
+    @property
+    def left(self) -> int:
+        """How many of the findings that can be remedied were not. One may have taken two remedies, and what was done
+        further out was not found."""
+        curable = Counter((it.kind, it.id) for it in self.findings if it.curable)
+        return (curable - Counter((it.kind, it.id) for it in self.applied)).total()
 
 
 class Recovery:

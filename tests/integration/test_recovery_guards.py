@@ -113,6 +113,24 @@ def test_workers_that_are_asked_elsewhere_may_have_anything(
         gate.touch()
 
 
+def test_what_could_not_be_pushed_does_not_count_as_recovered(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """Not even beside a chord that takes two remedies at once."""
+    gone = add.s(1, 1).set(queue="elsewhere", expires=SYSTEM.now() - timedelta(seconds=1))
+    half = chord([gone, add.s(2, 2).set(queue="elsewhere")], total.s()).apply_async().parent.id
+    odd = add.apply_async((5, 5)).id
+    broker.delete("elsewhere", "celery")
+    with Database(shop.dsn) as database:
+        database.execute(
+            "UPDATE patchpilot.outbox SET properties = %s WHERE task_id = %s", (b'{"compression":"?"}', odd)
+        )
+    sweep = recovery.sweep(NOW)
+    assert {(it.id, it.curable) for it in sweep.findings} == {(half, True), (odd, True)}
+    assert [(it.id, it.diagnosis) for it in sweep.applied] == [(half, "header-expired"), (half, "header-message-lost")]
+    assert sweep.left == 1
+
+
 @pytest.mark.parametrize("move", ["taken again", "given back"])
 def test_what_changes_hands_while_recovery_looks_is_in_somebody_s(
     shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch, move: str

@@ -9,10 +9,12 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from patchpilot.clock import FakeClock
+from patchpilot.clock import SYSTEM, FakeClock
 from patchpilot.errors import NeedsOperator, Transient
 from patchpilot.recovery.at_hand import at_hand
-from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper
+from patchpilot.recovery.findings import Applied, Finding, Remedy
+from patchpilot.recovery.sweep import Sweep
+from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper, _told
 from patchpilot.recovery.turns import Turn
 from patchpilot.settings import Recovery
 from patchpilot.workers.application import Site, site_of
@@ -107,6 +109,28 @@ def test_what_could_not_be_settled_is_looked_at_again() -> None:
     worker.sweeper.connected()
     worker.until(5000)
     assert [at for at, _ in worker.tries] == [330, 660]
+
+
+def finding(name: str, **changes: object) -> Finding:
+    values: dict[str, object] = {"kind": "task", "diagnosis": "message-lost", "remedy": Remedy.REPUBLISH, "reason": "x"}
+    return Finding(id=name, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "applied", "left"),
+    [
+        ("ab", "ab", 0), ("ab", "a", 1),
+        # It took two remedies; something further out was remedied as well; there are two messages of one task.
+        ("ab", "aa", 1), ("ab", "ac", 1), ("aa", "a", 1),
+    ],
+)  # fmt: skip
+def test_what_is_left_is_told_by_what_it_is(found: str, applied: str, left: int) -> None:
+    incurable = finding("incurable", remedy=Remedy.NONE)
+    done = tuple(Applied.of(finding(it), SYSTEM.now()) for it in applied)
+    sweep = Sweep((*map(finding, found), incurable), done)
+    assert sweep.left == left
+    assert _told(sweep) is (left == 0)
+    assert not _told(Sweep((finding("x", diagnosis="unknown", remedy=Remedy.NONE),)))
 
 
 def test_then_every_so_often_if_it_is_asked_for() -> None:
