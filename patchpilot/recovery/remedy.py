@@ -138,12 +138,12 @@ class Remedies:
         for row in self._database.fetch(SQL["ended_parts"], {"group_ids": sorted(by_id)}):
             backend = backend_of(self._app_for(serializers[row["group_id"]]))
             try:
-                parts.append((row["group_id"], row["task_id"], *_as_part(backend, row["meta"])))
+                parts.append((row["group_id"], row["task_id"], row["created_at"], *_as_part(backend, row["meta"])))
             except (KombuError, CeleryError) as error:
                 self._complain(by_id[row["group_id"]], _explained(by_id[row["group_id"]], error))
         columns = {
             name: [part[number] for part in parts]
-            for number, name in enumerate(("group_ids", "task_ids", "states", "payloads"))
+            for number, name in enumerate(("group_ids", "task_ids", "created_at", "states", "payloads"))
         }
 
         def write(connection: Connection) -> set[str]:

@@ -159,9 +159,10 @@ class Recovery:
         purge(self._database, self._app("json"), names)
         evidence = self._collect(window, assume_lost=assume_lost)
         messages = {message.message_id: message for message in evidence.messages}
-        ended = [key for key, message in messages.items() if message.where is Where.ENDED]
+        ended = [message for message in evidence.messages if message.where is Where.ENDED]
         if ended:
-            self._database.execute(SQL["close_ended"], {"message_ids": ended})
+            seen = {"message_ids": [it.message_id for it in ended], "resends": [it.resends for it in ended]}
+            self._database.execute(SQL["close_ended"], seen)
         findings = _chosen(diagnose(evidence), only, ids)
         agreed, changes = (findings, ()) if plan is None else compare(plan, findings, only)
         remedies = Remedies(self._database, self._app, run_id, self._complain)

@@ -250,9 +250,23 @@ def test_a_part_is_recorded_once(shop: Shop) -> None:
     result = chord([add.s(1, 1)], total.s()).apply_async().parent
     columns: dict[str, Any] = {"group_ids": [result.id], "task_ids": [result.results[0].id], "payloads": [b"x"]}
     with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT created_at FROM patchpilot.chord")
+        columns["created_at"] = [row["created_at"] - timedelta(seconds=1)]  # it has begun anew since
+        assert database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["SUCCESS"]}) == []
+        columns["created_at"] = [row["created_at"]]
         assert len(database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["SUCCESS"]})) == 1
         assert database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["FAILURE"]}) == []
         assert database.fetch("SELECT state FROM patchpilot.chord_part") == [{"state": "SUCCESS"}]
+
+
+def test_the_message_of_a_task_that_has_ended_is_closed_unless_somebody_has_sent_it_again(shop: Shop) -> None:
+    add.delay(1, 1)
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("UPDATE patchpilot.outbox SET resends = 1 RETURNING message_id::text")
+        for resends, left in ((0, 1), (1, 0)):
+            seen = {"message_ids": [row["message_id"]], "resends": [resends]}
+            database.execute(evidence.SQL["close_ended"], seen)
+            assert len(database.fetch("SELECT FROM patchpilot.outbox")) == left
 
 
 def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop: Shop) -> None:
