@@ -10,6 +10,7 @@ from uuid import NAMESPACE_OID, uuid4, uuid5
 
 from celery._state import get_current_worker_task
 from celery.app import amqp
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.serialization import dumps, loads
 from kombu.utils import json
 
@@ -28,8 +29,7 @@ PICKLE = "application/x-python-serialize"
 
 _COLUMNS = (
     "message_id", "task_id", "task_name", "group_id", "callback_of", "scope", "attempt", "exchange", "routing_key",
-    "queue", "headers", "properties", "body", "content_type", "content_encoding", "eta", "expires",
-    "broker",
+    "queue", "headers", "properties", "body", "content_type", "content_encoding", "expires", "broker",
 )  # fmt: skip
 
 
@@ -96,8 +96,7 @@ class Message:
             json.dumps(properties).encode(),
             self.payload,
             *self.content,
-            _moment(self.headers.get("eta")),
-            _moment(self.headers.get("expires")),
+            moment(self.headers.get("expires")),
             self.broker,
         )
 
@@ -294,5 +293,7 @@ def _last(embed: Mapping[str, Any]) -> Mapping[str, Any]:
     return last
 
 
-def _moment(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
+def moment(text: str | None) -> datetime | None:
+    """A time of a message's headers, as Celery's workers read it: one without an offset is in UTC, whatever
+    ``enable_utc`` and ``timezone`` say."""
+    return maybe_make_aware(maybe_iso8601(text)) if text else None

@@ -13,8 +13,8 @@ BATCH = 1000
 """Rows removed in one transaction: few enough to hold no lock for long."""
 
 
-ROUNDS = (("results",), ("saved_groups",), ("parts", "chords"), ("messages",), ("starts",))
-"""In which order, and what in turns: chords go when their parts have gone."""
+ROUNDS = (("messages",), ("results",), ("saved_groups",), ("parts", "chords"), ("starts",))
+"""In which order, and what in turns: chords go when their parts have gone, results when their messages have."""
 
 
 def purge(database: Database, retention: timedelta, batch: int = BATCH) -> dict[str, int]:

@@ -82,7 +82,7 @@ class Metrics:
         self._open.set(done.backlog.open)
         self._oldest.set(done.backlog.oldest.total_seconds())
         self._unrecoverable.set(done.backlog.unrecoverable)
-        self._stuck.set(max(sum(it.curable for it in done.sweep.findings) - len(done.sweep.applied), 0))
+        self._stuck.set(done.sweep.left)
         self._success.set(self._clock.now().timestamp())
 
     def failed(self, error: Exception) -> None:

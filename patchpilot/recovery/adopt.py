@@ -19,7 +19,7 @@ from celery.canvas import maybe_signature
 from psycopg.types.json import Jsonb
 
 from patchpilot.backend.config import MESSAGE_ID
-from patchpilot.backend.message import attempt_of
+from patchpilot.backend.message import attempt_of, moment
 from patchpilot.backend.routes import task_names
 from patchpilot.backend.storing import store
 from patchpilot.errors import NeedsOperator
@@ -206,8 +206,8 @@ class Adoption:
             "queue": delivery.queue, "headers": json.dumps(headers).encode(),
             "properties": json.dumps({key: it for key, it in properties.items() if key not in NOT_KEPT}).encode(),
             "body": raw_body_of(delivery.message), "content_type": delivery.message["content-type"],
-            "content_encoding": delivery.message["content-encoding"], "eta": headers.get("eta"),
-            "expires": headers.get("expires"), "broker": self._broker.name,
+            "content_encoding": delivery.message["content-encoding"], "expires": moment(headers.get("expires")),
+            "broker": self._broker.name,
         }]  # fmt: skip
 
     def _write(

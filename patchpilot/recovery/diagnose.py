@@ -73,7 +73,8 @@ CHORDS: tuple[Rule[Header], ...] = (
     Rule(
         "finishing", lambda it: it.chord.finishing, Remedy.NONE,
         "a worker still runs the task of the part that came last, and finishes the chord when it is done",
-        "all parts have returned; a worker still has the task of the last one", report=False,
+        "all parts have returned; a worker still has the task of the last one, also when the lease of its claim is "
+        "over", report=False,
     ),
     Rule(
         "shadow", lambda it: it.chord.shadow and it.complete, Remedy.NONE,
@@ -97,7 +98,7 @@ CHORDS: tuple[Rule[Header], ...] = (
     Rule(
         "dispatch-interrupted", lambda it: it.chord.claimed, Remedy.DISPATCH_CALLBACK,
         "all {total} parts are in PostgreSQL, and the process that had claimed the callback died before it was out",
-        "a process has claimed the chord, and its lease is over",
+        "a process has claimed the chord, its lease is over, and no worker has the task of the last part",
     ),
     Rule(
         "being-finished", lambda it: it.complete and it.chord.age < FINISHING, Remedy.NONE,

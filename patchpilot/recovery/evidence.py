@@ -216,8 +216,9 @@ class Collector:
         return tuple(found)
 
     def _at_the_end(self, chords: Iterable[Chord]) -> dict[str, set[str]]:
-        """Chords that a worker may be finishing right now: group id -> the tasks that it would be running."""
-        asked = [it.group_id for it in chords if not it.claimed and (it.returned == it.total or it.ended)]
+        """Chords that a worker may be finishing right now: group id -> the tasks that it would be running. Also under a
+        claim whose lease is over: errbacks are called before the chord is, and may take long."""
+        asked = [it.group_id for it in chords if not it.claim_live and (it.returned == it.total or it.ended)]
         found: dict[str, set[str]] = {}
         for row in self._database.fetch(SQL["last_parts"], {"group_ids": asked}) if asked else ():
             found.setdefault(row["group_id"], set()).add(row["task_id"])

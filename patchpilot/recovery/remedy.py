@@ -138,12 +138,12 @@ class Remedies:
         for row in self._database.fetch(SQL["ended_parts"], {"group_ids": sorted(by_id)}):
             backend = backend_of(self._app_for(serializers[row["group_id"]]))
             try:
-                parts.append((row["group_id"], row["task_id"], *_as_part(backend, row["meta"])))
+                parts.append((row["group_id"], row["task_id"], row["created_at"], *_as_part(backend, row["meta"])))
             except (KombuError, CeleryError) as error:
                 self._complain(by_id[row["group_id"]], _explained(by_id[row["group_id"]], error))
         columns = {
             name: [part[number] for part in parts]
-            for number, name in enumerate(("group_ids", "task_ids", "states", "payloads"))
+            for number, name in enumerate(("group_ids", "task_ids", "created_at", "states", "payloads"))
         }
 
         def write(connection: Connection) -> set[str]:
@@ -194,7 +194,10 @@ class Remedies:
     # -- messages -----------------------------------------------------------------------------------------------
 
     def _send_again(self, findings: Sequence[Finding], messages: Mapping[str, Message]) -> list[Finding]:
-        """Publish each message that is still ours to publish."""
+        """Publish each message that is still ours to publish.
+
+        :returns: the findings of those that were.
+        """
         of = {key: finding for finding in findings for key in finding.messages if key in messages}
         if not of:
             return []
@@ -202,13 +205,15 @@ class Remedies:
         pushed: list[str] = []
         try:
             with _broker_errors():
-                self._requeue([(messages[key], row) for key, row in taken.items() if messages[key].tag is not None])
+                back = self._requeue(
+                    [(messages[key], row) for key, row in taken.items() if messages[key].tag is not None]
+                )
                 self._publish([row for key, row in taken.items() if messages[key].tag is None], of, pushed)
         finally:
             if pushed:
                 with suppress(PatchpilotError):  # counted too low it is sent once more before it counts as refused
                     self._database.execute(SQL["pushed"], {"message_ids": pushed})
-        return _distinct(of[key] for key in taken)
+        return _distinct(of[key] for key in (*back, *pushed))
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
         params = {
@@ -250,11 +255,15 @@ class Remedies:
                 else:
                     pushed.append(row["message_id"])
 
-    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> None:
+    def _requeue(self, abandoned: Sequence[tuple[Message, Row]]) -> list[str]:
         """As kombu does when the visibility timeout is over: out of the unacknowledged, back into the queue, in one.
-        Not what somebody has taken since it was looked at."""
+        Not what somebody has taken since it was looked at.
+
+        :returns: the ids of those that are back.
+        """
+        back: list[str] = []
         if not abandoned:
-            return
+            return back
         with self._app_for("json").connection_for_write() as connection:
             channel = connection.default_channel
             for message, row in abandoned:
@@ -263,6 +272,8 @@ class Remedies:
                 taken = channel.client.zscore(f"{channel.global_keyprefix}{channel.unacked_index_key}", message.tag)
                 if taken == message.taken:
                     channel.qos.restore_by_tag(message.tag)
+                    back.append(message.message_id)
+        return back
 
     def _note(self, connection: Connection, findings: Sequence[Finding]) -> None:
         names = ("kind", "id", "diagnosis", "remedy", "callback", "reason")

@@ -85,14 +85,18 @@ def _of_page(database: Database, server: ChordKeys, page: Sequence[Keys], idle: 
             yield Stray(server.address, keys, goes)
 
 
-def sweep_up(database: Database, servers: Sequence[ChordKeys], min_age: timedelta, settled: timedelta = SETTLED) -> int:
+def sweep_up(
+    database: Database, servers: Sequence[ChordKeys], brokers: Collection[str], min_age: timedelta,
+    settled: timedelta = SETTLED,
+) -> int:  # fmt: skip
     """Remove the keys of chords that have been over for ``min_age``; a batch of those that may have some.
 
+    :param brokers: the names of the broker whose chords count on these servers.
     :param settled: for how long nobody may have touched them.
     :returns: how many keys went.
     :raises Transient: PostgreSQL or a server cannot be reached. What is left is found again.
     """
-    asked: Mapping[str, object] = {"min_age": max(min_age, settled), "batch": BATCH}
+    asked: Mapping[str, object] = {"min_age": max(min_age, settled), "batch": BATCH, "brokers": sorted(brokers)}
     over = [row["group_id"] for row in database.fetch(SQL["unswept"], dict(asked))]
     removed, left = 0, set()
     for server in servers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ class Sweep:
     changes: tuple[Change, ...] = ()
     quiet: Quiet = field(default_factory=Quiet)
     """What else is open."""
+
+    @property
+    def left(self) -> int:
+        """How many of the findings that can be remedied were not. One may have taken two remedies, and what was done
+        further out was not found."""
+        curable = Counter((it.kind, it.id) for it in self.findings if it.curable)
+        return (curable - Counter((it.kind, it.id) for it in self.applied)).total()
 
 
 class Recovery:
@@ -145,14 +153,16 @@ class Recovery:
             seem to refuse.
         :param plan: do only what is in it, as far as it is still so.
         """
+        names = self._broker.names()
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.
-        self._database.execute(SQL["distrust_counts"])
-        purge(self._database, self._app("json"))
+        self._database.execute(SQL["distrust_counts"], {"brokers": sorted(names)})
+        purge(self._database, self._app("json"), names)
         evidence = self._collect(window, assume_lost=assume_lost)
         messages = {message.message_id: message for message in evidence.messages}
-        ended = [key for key, message in messages.items() if message.where is Where.ENDED]
+        ended = [message for message in evidence.messages if message.where is Where.ENDED]
         if ended:
-            self._database.execute(SQL["close_ended"], {"message_ids": ended})
+            seen = {"message_ids": [it.message_id for it in ended], "resends": [it.resends for it in ended]}
+            self._database.execute(SQL["close_ended"], seen)
         findings = _chosen(diagnose(evidence), only, ids)
         agreed, changes = (findings, ()) if plan is None else compare(plan, findings, only)
         remedies = Remedies(self._database, self._app, run_id, self._complain)
@@ -162,7 +172,7 @@ class Recovery:
         for start in range(0, len(curable), BATCH):
             done += self._try(remedies, curable[start : start + BATCH], messages, outwards=outwards)
         with suppress(Transient):  # a later pass finds what is left
-            sweep_up(self._database, self._servers, window.min_age)
+            sweep_up(self._database, self._servers, names, window.min_age)
         now = self._clock.now()
         return Sweep(findings, tuple(Applied.of(finding, now) for finding in done), changes, quiet(evidence))
 

@@ -150,10 +150,9 @@ def _told(sweep: Sweep) -> bool:
     """Log what was done. Whether everything that was found is settled, as far as recovery can."""
     for it in sweep.applied:
         logger.warning("Recovered %s %s by %s (%s): %s", it.kind, it.id, it.remedy, it.diagnosis, it.reason)
-    left = len([finding for finding in sweep.findings if finding.curable]) - len(sweep.applied)
     unknown = sum(finding.unknown for finding in sweep.findings)
     logger.info("Recovery swept: %d found, %d recovered", len(sweep.findings), len(sweep.applied))
-    return left <= 0 and not unknown
+    return not sweep.left and not unknown
 
 
 def _complain(finding: Finding, error: PatchpilotError) -> None:

@@ -49,8 +49,9 @@ def send(app: Celery, connection: Any, instance: str) -> str:
     return token
 
 
-def purge(database: Database, app: Celery, group_ids: Collection[str] = ()) -> None:
-    """Remove the canary chords called ``group_ids``, and all that are older than any canary lasts."""
-    gone = database.fetch(SQL["purge"], {"group_ids": list(group_ids), "age": EXPIRES})
+def purge(database: Database, app: Celery, brokers: Collection[str], group_ids: Collection[str] = ()) -> None:
+    """Remove the canary chords called ``group_ids``, and all of ``brokers`` that are older than any canary lasts."""
+    asked = {"group_ids": list(group_ids), "age": EXPIRES, "brokers": sorted(brokers)}
+    gone = database.fetch(SQL["purge"], asked)
     for row in gone:
         backend_of(app).counter.clear(row["group_id"])

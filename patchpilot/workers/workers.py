@@ -98,7 +98,8 @@ class Workers:
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
         with _away():
-            purge(self._database, self._app("json"), [chord_of(token) for token in sent.values()])
+            names = self._broker.names()
+            purge(self._database, self._app("json"), names, [chord_of(token) for token in sent.values()])
             self._broker.discard([queue_of(instance).name for instance in sent])
 
     def _app(self, serializer: str) -> Celery:

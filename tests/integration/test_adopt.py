@@ -13,6 +13,7 @@ import redis
 from celery import Celery, Signature, chain, chord, group
 from celery.app.task import Context
 
+from patchpilot.clock import SYSTEM
 from patchpilot.errors import NeedsOperator
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -20,6 +21,7 @@ from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.adopt import Adoption, Verdict
 from patchpilot.recovery.housekeeping import Housekeeping
 from tests.integration.test_cli import config
+from tests.integration.test_outbox import tokyo
 from tests.support import shop as tasks
 from tests.support.commands import patchpilot
 from tests.support.processes import Shop
@@ -180,6 +182,17 @@ def test_a_part_that_returns_while_its_chord_is_written_down(
     assert app.AsyncResult(result.id).get(timeout=30) == [2, 70, 6]
     with Database(shop.dsn) as database:
         until(lambda: database.fetch("SELECT 1 FROM patchpilot.outbox") == [], seconds=30, what="all messages ended")
+
+
+def test_a_time_without_an_offset_is_in_utc_wherever_postgresql_is(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping
+) -> None:
+    soon = SYSTEM.now() + timedelta(hours=2)
+    result = stock.chord([stock.s("add", 1, 1).set(expires=soon.replace(tzinfo=None))], "end")
+    tokyo(shop)
+    assert by_id(housekeeping.adopt())[result.parent.id].adopted
+    with Database(shop.dsn) as database:
+        assert database.fetch("SELECT expires FROM patchpilot.outbox") == [{"expires": soon}]
 
 
 def test_what_cannot_be_adopted_is_told_and_left_alone(

@@ -16,13 +16,17 @@ from typing import Any
 import psycopg
 import pytest
 import redis
-from celery import chain, chord
+from celery import Celery, chain, chord
 from celery.beat import Scheduler
+from celery.worker.request import Request
+from kombu import Message
 from kombu.common import Broadcast
 from kombu.exceptions import OperationalError
 
 from patchpilot.backend import dispatch as dispatch_module
 from patchpilot.backend import outbox as outbox_module
+from patchpilot.backend.message import moment
+from patchpilot.clock import SYSTEM
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.recovery import Recovery, Site, Window
@@ -216,6 +220,30 @@ def test_a_task_hears_that_what_it_sends_cannot_be_pushed_if_nobody_would_send_i
     assert "on are left to recovery" not in worker.output()
     if "SHOP_MODE" in environment:
         until(lambda: fetch(shop, "SELECT FROM patchpilot.outbox") == [], seconds=60, what="it was withdrawn")
+
+
+def tokyo(shop: Shop) -> None:
+    """From now on sessions of the shop's database are in a time zone of their own."""
+    with psycopg.connect(shop.dsn, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET timezone = 'Asia/Tokyo'".encode())
+
+
+def test_a_time_without_an_offset_is_in_utc_wherever_postgresql_is(shop: Shop) -> None:
+    tokyo(shop)
+    soon = SYSTEM.now() + timedelta(hours=2)
+    for expires in (soon, soon.replace(tzinfo=None), soon.replace(tzinfo=None).isoformat()):
+        add.apply_async((1, 1), expires=expires)
+    assert fetch(shop, "SELECT DISTINCT expires FROM patchpilot.outbox") == [(soon,)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"enable_utc": False}, {"timezone": "Asia/Tokyo", "enable_utc": False}])
+@pytest.mark.parametrize("expires", ["2026-03-29T02:30:00.5", "2026-03-29T02:30:00Z", "2026-03-29T02:30:00+09:00"])
+def test_a_time_is_read_as_workers_read_it(settings: dict[str, Any], expires: str) -> None:
+    reader = Celery("reader", set_as_current=False)
+    reader.conf.update(settings)
+    headers = {"id": "1", "task": "celery.ping", "expires": expires}
+    request = Request(Message(headers=headers, body=((), {}, {})), app=reader, task=add, decoded=True)
+    assert moment(expires) == request.expires
 
 
 PRODUCER = """

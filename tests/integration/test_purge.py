@@ -94,6 +94,21 @@ def test_the_result_of_a_part_that_an_open_chord_waits_for_stays(shop: Shop) -> 
     assert app.AsyncResult(result.parent.results[0].id).state == "SUCCESS"
 
 
+def test_the_result_that_tells_that_a_message_is_over_stays_as_long_as_that(shop: Shop) -> None:
+    """Its worker died before the end of the message was on record. Without the result its task would run again."""
+    over, anew = (add.apply_async((1, 1), queue="nobody") for _ in range(2))
+    app.backend.store_result(over.id, ValueError("x"), "FAILURE")
+    app.backend.store_result(anew.id, 2, "SUCCESS")
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.result SET expires_at = now()")
+        database.execute("UPDATE patchpilot.outbox SET recorded_at = now() WHERE task_id = %s", (anew.id,))
+        assert purge(database, timedelta(days=7))["results"] == 1
+        assert database.fetch("SELECT task_id FROM patchpilot.result") == [{"task_id": over.id}]
+        age(shop, "30 days")
+        removed = purge(database, timedelta(days=7))
+    assert (removed["messages"], removed["results"]) == (1, 1)
+
+
 # What each transaction removes.
 WATCHED = """
 CREATE TABLE gone (transaction xid8, rows bigint);

@@ -212,7 +212,7 @@ def parameters(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, Any]
         "group_ids": group_ids, "run_id": "r", "kind": texts, "id": texts,
         "diagnosis": texts, "remedy": texts, "callback": texts, "reason": texts, "token": str(uuid.uuid4()),
         "lease": timedelta(seconds=30), "ordered": True, "states": ["dispatched"] * BATCH,
-        "since": SYSTEM.now() - timedelta(days=1),
+        "since": SYSTEM.now() - timedelta(days=1), "created_at": [SYSTEM.now()] * BATCH,
         "age": timedelta(minutes=10), "error": "x", "task_ids": [f"ot{number}-0" for number in range(1, BATCH + 1)],
         "payloads": [b"x"] * BATCH, "metas": [b"x"] * BATCH, "expires": timedelta(days=1),
     }  # fmt: skip

@@ -18,8 +18,9 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Site, Window, evidence, hands
 from patchpilot.recovery.housekeeping import Housekeeping
+from tests.support.extras import mourns_long
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, total
+from tests.support.shop import add, app, boom, hold, total
 
 pytestmark = pytest.mark.backend
 
@@ -112,6 +113,24 @@ def test_workers_that_are_asked_elsewhere_may_have_anything(
         gate.touch()
 
 
+def test_what_could_not_be_pushed_does_not_count_as_recovered(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """Not even beside a chord that takes two remedies at once."""
+    gone = add.s(1, 1).set(queue="elsewhere", expires=SYSTEM.now() - timedelta(seconds=1))
+    half = chord([gone, add.s(2, 2).set(queue="elsewhere")], total.s()).apply_async().parent.id
+    odd = add.apply_async((5, 5)).id
+    broker.delete("elsewhere", "celery")
+    with Database(shop.dsn) as database:
+        database.execute(
+            "UPDATE patchpilot.outbox SET properties = %s WHERE task_id = %s", (b'{"compression":"?"}', odd)
+        )
+    sweep = recovery.sweep(NOW)
+    assert {(it.id, it.curable) for it in sweep.findings} == {(half, True), (odd, True)}
+    assert [(it.id, it.diagnosis) for it in sweep.applied] == [(half, "header-expired"), (half, "header-message-lost")]
+    assert sweep.left == 1
+
+
 @pytest.mark.parametrize("move", ["taken again", "given back"])
 def test_what_changes_hands_while_recovery_looks_is_in_somebody_s(
     shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch, move: str
@@ -164,6 +183,27 @@ def test_what_has_been_running_for_long_does_not_tell_that_its_header_is_being_p
     gate.touch()
 
 
+def test_a_chord_whose_errback_takes_longer_than_the_claim_is_its_worker_s_as_long_as_that_lives(
+    shop: Shop, recovery: Recovery
+) -> None:
+    gate = shop.directory / "gate"
+    worker = shop.worker("-c", "1", "-I", "tests.support.extras", SHOP_CLAIM_LEASE="1")
+    failing = chord([boom.s()], total.s().on_error(mourns_long.s(gate=str(gate)))).apply_async().parent.id
+    shop.await_line("mourning began")
+    with Database(shop.dsn) as database:
+        over = "SELECT FROM patchpilot.chord WHERE state = 'claimed' AND claim_until < now()"
+        until(lambda: database.fetch(over) != [], seconds=30, what="the lease was over")
+    assert recovery.recover(NOW) == ()
+    worker.kill()
+    found = [(failing, "dispatch-interrupted", True)]
+    until(lambda: told(recovery.survey(NOW)) == found, seconds=30, what="its worker counted as dead")
+    assert [it.id for it in recovery.recover(NOW)] == [failing]
+    gate.touch()
+    shop.worker("-c", "1", "-I", "tests.support.extras")
+    shop.await_line("mourning ended")
+    assert shop.ledger().count("mourning began") == 2
+
+
 @pytest.mark.parametrize(("dead_after", "diagnosis"), [(10, "message-lost"), (60, "unknown")])
 def test_how_long_a_worker_may_be_silent_the_site_says(
     shop: Shop, broker: redis.Redis, dead_after: int, diagnosis: str
@@ -210,9 +250,23 @@ def test_a_part_is_recorded_once(shop: Shop) -> None:
     result = chord([add.s(1, 1)], total.s()).apply_async().parent
     columns: dict[str, Any] = {"group_ids": [result.id], "task_ids": [result.results[0].id], "payloads": [b"x"]}
     with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT created_at FROM patchpilot.chord")
+        columns["created_at"] = [row["created_at"] - timedelta(seconds=1)]  # it has begun anew since
+        assert database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["SUCCESS"]}) == []
+        columns["created_at"] = [row["created_at"]]
         assert len(database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["SUCCESS"]})) == 1
         assert database.fetch(evidence.SQL["record_parts"], {**columns, "states": ["FAILURE"]}) == []
         assert database.fetch("SELECT state FROM patchpilot.chord_part") == [{"state": "SUCCESS"}]
+
+
+def test_the_message_of_a_task_that_has_ended_is_closed_unless_somebody_has_sent_it_again(shop: Shop) -> None:
+    add.delay(1, 1)
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("UPDATE patchpilot.outbox SET resends = 1 RETURNING message_id::text")
+        for resends, left in ((0, 1), (1, 0)):
+            seen = {"message_ids": [row["message_id"]], "resends": [resends]}
+            database.execute(evidence.SQL["close_ended"], seen)
+            assert len(database.fetch("SELECT FROM patchpilot.outbox")) == left
 
 
 def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop: Shop) -> None:

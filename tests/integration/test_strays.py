@@ -9,6 +9,7 @@ import pytest
 import redis
 from celery import Celery, chord
 
+from patchpilot.broker_name import name_of_url
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.housekeeping import Housekeeping
@@ -50,15 +51,15 @@ def test_keys_of_a_chord_that_is_over_go_and_those_of_an_open_one_stay(shop: Sho
             leave(broker, group.parent.id)
         # Touched meanwhile, as one that begins anew under its old id would be.
         keys = ChordKeys(shop.broker)
-        assert sweep_up(database, [keys], NOTHING, timedelta(hours=1)) == 0
+        assert sweep_up(database, [keys], [str(name_of_url(shop.broker))], NOTHING, timedelta(hours=1)) == 0
         assert len(left(broker)) == 3 * len(SUFFIXES)
-        assert sweep_up(database, [keys], NOTHING, NOTHING) == 2 * (len(SUFFIXES) - 1)
+        assert sweep_up(database, [keys], [str(name_of_url(shop.broker))], NOTHING, NOTHING) == 2 * (len(SUFFIXES) - 1)
         # What the parts returned is left to expire, as Celery leaves it, and nobody looks a second time.
         assert {key for key in left(broker) if waiting.parent.id not in key} == {
             f"{STEM}{over.parent.id}.j", f"{STEM}{again.parent.id}.j",
         }  # fmt: skip
         leave(broker, over.parent.id)
-        assert sweep_up(database, [keys], NOTHING, NOTHING) == 0
+        assert sweep_up(database, [keys], [str(name_of_url(shop.broker))], NOTHING, NOTHING) == 0
         keys.close()
 
 

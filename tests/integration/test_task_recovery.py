@@ -344,16 +344,16 @@ def test_what_somebody_takes_meanwhile_is_not_put_back(shop: Shop, recovery: Rec
     assert [it.diagnosis for it in recovery.survey(NOW)] == ["abandoned"]
     requeue = Remedies._requeue
 
-    def late(self: Remedies, *args: object) -> None:
+    def late(self: Remedies, *args: object) -> list[str]:
         for tag in broker.zrange("unacked_index", 0, -1):
             broker.zincrby("unacked_index", 1, tag)
-        requeue(self, *args)  # type: ignore[arg-type]
+        return requeue(self, *args)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Remedies, "_requeue", late)
-        recovery.recover(NOW)
+        assert recovery.recover(NOW) == ()
     assert (broker.llen("celery"), broker.hlen("unacked")) == (0, 1)
-    recovery.recover(NOW)
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["abandoned"]
     assert (broker.llen("celery"), broker.hlen("unacked")) == (1, 0)
 
 

@@ -11,6 +11,7 @@ import pytest
 import redis
 from celery import Celery, chord
 
+from patchpilot.backend.config import CANARY
 from patchpilot.backend.identity import Identity
 from patchpilot.backend.message import Part
 from patchpilot.broker_name import NAMES, name_of_url
@@ -21,9 +22,10 @@ from patchpilot.lab.servers import ValkeyNode
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.inventory import Elsewhere
+from patchpilot.workers.application import site_of
 from tests.conftest import forget_connections, shop_on
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, total
+from tests.support.shop import add, app, boom, hold, total
 
 pytestmark = pytest.mark.backend
 
@@ -127,6 +129,26 @@ def test_what_a_version_before_wrote_belongs_to_any_broker(shop: Shop, other: st
         assert [it.id for it in recovery.survey(NOW)] == [group_id]
 
 
+def test_of_another_broker_s_record_a_sweep_changes_nothing(shop: Shop, other: str) -> None:
+    """Its counts are not distrusted, its keys not taken for looked after, its canaries not for forgotten."""
+    for name in ("open", "over", "canary"):
+        chord([add.s(1, 1)], total.s()).apply_async(task_id=name)
+    changed = """SELECT callback_id FROM patchpilot.chord WHERE distrusted UNION
+                 SELECT callback_id FROM patchpilot.chord WHERE swept"""
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.chord SET counting = 'valkey', created_at = now() - interval '2 h'")
+        database.execute(
+            """UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() - interval '1 h'
+               WHERE callback_id = 'over'"""
+        )
+        database.execute("UPDATE patchpilot.chord SET callback_name = %s WHERE callback_id = 'canary'", (CANARY,))
+        for broker, seen, left in ((other, set(), 3), (shop.broker, {"open", "over"}, 2)):
+            with Recovery(Site(broker, shop.dsn), stale=SOON) as recovery:
+                recovery.recover(NOW)
+            assert {row["callback_id"] for row in database.fetch(changed)} == seen
+            assert len(database.fetch("SELECT FROM patchpilot.chord")) == left
+
+
 def test_a_callback_is_dispatched_to_the_broker_of_its_chord(
     shop: Shop, other: str, lab_roster: Roster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +167,29 @@ def test_a_callback_is_dispatched_to_the_broker_of_its_chord(
                 with Recovery(Site(broker, shop.dsn), stale=SOON) as recovery:
                     recovery.recover(NOW)
             assert (here.llen("celery"), there.llen("celery")) == (0, 1)
+
+
+def test_results_are_read_and_told_of_where_and_as_the_application_at_hand_does_it(
+    shop: Shop, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are pickled, which messages may not be, and their Valkey is another one than the broker."""
+    forget_connections(app)
+    monkeypatch.setitem(app.conf, "result_serializer", "pickle")
+    monkeypatch.setitem(app.conf, "result_accept_content", ["json", "pickle"])
+    monkeypatch.setitem(app.conf, "result_backend", f"patchpilot+{other}")
+    monkeypatch.setitem(app.conf, "result_backend_transport_options", {"global_keyprefix": "shop:"})
+    result = chord([boom.s()], total.s()).apply_async()
+    part = Part(result.parent.id, result.parent.results[0].id, 0)
+    app.backend.chords.return_part(part, "FAILURE", ValueError("boom"))
+    with Database(shop.dsn) as database:
+        database.execute("DELETE FROM patchpilot.outbox")
+        database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '1 min'")
+        database.execute("UPDATE patchpilot.chord_part SET returned_at = now() - interval '1 min'")
+    with redis.Redis.from_url(other) as results, results.pubsub() as told, Recovery(site_of(app)) as recovery:
+        told.psubscribe("*")
+        told.get_message(timeout=30)
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["error-path-lost"]
+        message = told.get_message(timeout=30)
+        assert message is not None
+        assert message["channel"] == f"shop:celery-task-meta-{result.id}".encode()
+    assert "boom" in str(result.result)

@@ -46,6 +46,12 @@ def mourner(request: Any, exc: Any, traceback: Any, label: str = "mourner") -> N
 
 
 @app.task
+def mourns_long(request: Any, exc: Any, traceback: Any, gate: str) -> None:
+    """An errback that waits until the file ``gate`` exists."""
+    hold(None, gate, label="mourning")
+
+
+@app.task
 def constant(value: Any, *_: Any) -> Any:
     return value
 

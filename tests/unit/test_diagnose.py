@@ -46,7 +46,7 @@ REFUSED = replace(PART, where=Where.NOWHERE, refused=True)
 # One row of a table: the evidence that leads to it, which is not enough for any row above.
 OF_CHORDS: dict[str, tuple[Remedy, dict[str, object], list[Seen]]] = {
     "being-dispatched": (Remedy.NONE, {"returned": 3, "messages": 0, "claimed": True, "claim_live": True}, []),
-    "finishing": (Remedy.NONE, {"returned": 3, "messages": 0, "finishing": True}, []),
+    "finishing": (Remedy.NONE, {"returned": 3, "messages": 0, "claimed": True, "finishing": True}, []),
     "shadow": (Remedy.NONE, {"returned": 3, "messages": 0, "shadow": True}, []),
     "shadow-at-work": (Remedy.NONE, {"messages": 0, "shadow": True}, []),
     "half-published": (Remedy.NONE, {"publish_error": "EncodeError"}, [Where.NOWHERE]),

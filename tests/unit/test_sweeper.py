@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -9,13 +10,17 @@ import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from patchpilot.clock import FakeClock
+from patchpilot.cli.at_hand import NAME, _of_application
+from patchpilot.cli.recover import site
+from patchpilot.clock import SYSTEM, FakeClock
 from patchpilot.errors import NeedsOperator, Transient
 from patchpilot.recovery.at_hand import at_hand
-from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper
+from patchpilot.recovery.findings import Applied, Finding, Remedy
+from patchpilot.recovery.sweep import Sweep
+from patchpilot.recovery.sweeper import PAUSE, Pace, Sweeper, _told
 from patchpilot.recovery.turns import Turn
-from patchpilot.settings import Recovery
-from patchpilot.workers.application import Site, site_of
+from patchpilot.settings import Recovery, Settings
+from patchpilot.workers.application import Site, application, site_of
 
 AGE = timedelta(minutes=5)
 SLACK = 30.0
@@ -109,6 +114,28 @@ def test_what_could_not_be_settled_is_looked_at_again() -> None:
     assert [at for at, _ in worker.tries] == [330, 660]
 
 
+def finding(name: str, **changes: object) -> Finding:
+    values: dict[str, object] = {"kind": "task", "diagnosis": "message-lost", "remedy": Remedy.REPUBLISH, "reason": "x"}
+    return Finding(id=name, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "applied", "left"),
+    [
+        ("ab", "ab", 0), ("ab", "a", 1),
+        # It took two remedies; something further out was remedied as well; there are two messages of one task.
+        ("ab", "aa", 1), ("ab", "ac", 1), ("aa", "a", 1),
+    ],
+)  # fmt: skip
+def test_what_is_left_is_told_by_what_it_is(found: str, applied: str, left: int) -> None:
+    incurable = finding("incurable", remedy=Remedy.NONE)
+    done = tuple(Applied.of(finding(it), SYSTEM.now()) for it in applied)
+    sweep = Sweep((*map(finding, found), incurable), done)
+    assert sweep.left == left
+    assert _told(sweep) is (left == 0)
+    assert not _told(Sweep((finding("x", diagnosis="unknown", remedy=Remedy.NONE),)))
+
+
 def test_then_every_so_often_if_it_is_asked_for() -> None:
     worker = Worker(*[(Turn.OURS, True)] * 3, every=timedelta(hours=1))
     worker.sweeper.connected()
@@ -138,9 +165,45 @@ def test_the_site_of_an_application(url: object, options: object, endpoint: str)
         control_exchange="mine",
     )  # fmt: skip
     site = site_of(app)
+    assert (site.results, site.results_prefix, site.in_results) == ("", "", ("json", "yaml"))
     assert (site.endpoint, site.dsn, site.key_prefix) == (endpoint, "postgresql://h/x", "shop:")
     assert (site.accept_content, site.broker) == (("json", "yaml"), "orders")
     assert (site.control_exchange, site.fanout_prefix) == ("mine", False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "results"),
+    [
+        ("patchpilot+redis://:token@r:1/2", None, "redis://:token@r:1/2"),
+        ("redis://r:1/2", None, "redis://r:1/2"),
+        ("patchpilot+rediss://r:1/2?ssl_cert_reqs=CERT_NONE", None, "rediss://r:1/2?ssl_cert_reqs=none"),
+        ("patchpilot+redis://r:1/2", {"ssl_cert_reqs": ssl.CERT_NONE}, "rediss://r:1/2?ssl_cert_reqs=none"),
+        ("rpc://", None, ""),
+    ],
+)
+def test_the_result_backend_of_an_application_is_part_of_its_site(backend: str, options: object, results: str) -> None:
+    app = Celery("at-hand", broker="redis://h:1/2", backend=backend, set_as_current=False)
+    app.conf.update(
+        patchpilot_postgres="postgresql://h/x", redis_backend_use_ssl=options,
+        result_accept_content=["json", "pickle"], result_backend_transport_options={"global_keyprefix": "shop:"},
+    )  # fmt: skip
+    here, config = at_hand(app)
+    by_command = site(_of_application(Settings(), here, config), NAME)
+    for it in (here, by_command):
+        assert (it.endpoint, it.results, it.results_prefix) == ("redis://h:1/2", results, "shop:")
+        assert (it.accept_content, it.in_results) == (("json",), ("json", "pickle"))
+    stand_in = application(here)
+    assert list(stand_in.conf.result_accept_content) == ["json", "pickle"]
+    assert stand_in.conf.result_backend == f"patchpilot+{results or here.endpoint}"
+
+
+def test_a_result_backend_whose_url_cannot_be_read_is_refused_without_its_secret() -> None:
+    app = Celery("at-hand", broker="redis://h", backend="patchpilot+redis://:token@h/0?no=1", set_as_current=False)
+    app.conf.patchpilot_postgres = "postgresql://h/x"
+    with pytest.raises(NeedsOperator) as raised:
+        at_hand(app)
+    assert "result backend" in str(raised.value)
+    assert "token" not in str(raised.value)
 
 
 def test_an_application_without_redis_has_none() -> None:

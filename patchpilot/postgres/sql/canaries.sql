@@ -8,9 +8,13 @@ UPDATE patchpilot.worker SET canary = canary || %(proof)s WHERE instance = %(ins
 DELETE FROM patchpilot.chord WHERE group_id = %(group_id)s AND callback_name = 'patchpilot.canary'
 
 -- name: purge
--- Those that a pilot is done with, and those that are older than any pilot waits.
+-- Those that a pilot is done with, and those of its broker that are older than any pilot waits.
 DELETE FROM patchpilot.chord
-WHERE callback_name = 'patchpilot.canary' AND (group_id = ANY(%(group_ids)s) OR created_at < now() - %(age)s)
+WHERE callback_name = 'patchpilot.canary'
+  AND (
+      group_id = ANY(%(group_ids)s)
+      OR created_at < now() - %(age)s AND (broker IS NULL OR broker = ANY(%(brokers)s::text[]))
+  )
 RETURNING group_id
 
 -- name: proofs

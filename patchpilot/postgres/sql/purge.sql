@@ -1,13 +1,17 @@
 -- What is over, in small batches. Rows that somebody else has locked are left for the next time.
 
 -- name: results
--- Not the result of a task that an open chord still waits for: recovery may need it to record the part.
+-- Not the result of a task that an open chord still waits for: recovery may need it to record the part. Nor one that
+-- tells that a message on record is over: its task would run again.
 DELETE FROM patchpilot.result WHERE task_id IN (
     SELECT r.task_id FROM patchpilot.result r
     WHERE r.expires_at < now()
       AND NOT EXISTS (
           SELECT FROM patchpilot.chord c JOIN patchpilot.chord_part p USING (group_id)
           WHERE c.state IN ('open', 'claimed') AND p.state IS NULL AND p.task_id = r.task_id
+      )
+      AND NOT EXISTS (
+          SELECT FROM patchpilot.outbox o WHERE o.task_id = r.task_id AND o.recorded_at <= r.stored_at
       )
     ORDER BY r.expires_at LIMIT %(batch)s FOR UPDATE OF r SKIP LOCKED
 )

@@ -56,6 +56,7 @@ ORDER BY found.progress_at, found.group_id
 -- on the parts of every chord that is open now are counted in PostgreSQL.
 UPDATE patchpilot.chord SET distrusted = true
 WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
+  AND (broker IS NULL OR broker = ANY(%(brokers)s::text[]))
 
 -- name: messages
 -- Every message whose task has not ended, as far as PostgreSQL knows; and how many are too young or too old to be looked
@@ -155,7 +156,7 @@ JOIN unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(sent_at)s::timestampt
 
 -- name: ended_parts
 -- Parts that are still to come although their task has ended: the return was interrupted.
-SELECT p.group_id, p.task_id, p.position, r.meta
+SELECT p.group_id, p.task_id, c.created_at, r.meta
 FROM patchpilot.chord_part p
 JOIN patchpilot.chord c USING (group_id)
 CROSS JOIN LATERAL (
@@ -175,11 +176,13 @@ CROSS JOIN LATERAL (
 WHERE p.group_id = ANY(%(group_ids)s) AND p.state IS NULL
 
 -- name: record_parts
--- Compare and set, as a worker returns a part: of several who saw it, one records it.
+-- Compare and set, as a worker returns a part: of several who saw it, one records it. Not in a chord that has begun anew.
 UPDATE patchpilot.chord_part p
 SET state = ended.state, payload = ended.payload, returned_at = now()
-FROM unnest(%(group_ids)s::text[], %(task_ids)s::text[], %(states)s::text[], %(payloads)s::bytea[])
-    AS ended (group_id, task_id, state, payload)
+FROM unnest(
+    %(group_ids)s::text[], %(task_ids)s::text[], %(created_at)s::timestamptz[], %(states)s::text[], %(payloads)s::bytea[]
+) AS ended (group_id, task_id, created_at, state, payload)
+JOIN patchpilot.chord c USING (group_id, created_at)
 WHERE p.group_id = ended.group_id AND p.task_id = ended.task_id AND p.state IS NULL
 RETURNING p.group_id
 
@@ -265,8 +268,11 @@ WHERE p.group_id = gone.group_id AND p.task_id = gone.task_id AND p.state IS NUL
 RETURNING p.group_id
 
 -- name: close_ended
--- Messages whose task has ended, but whose worker died before it could say so here.
-DELETE FROM patchpilot.outbox WHERE message_id = ANY(%(message_ids)s::uuid[])
+-- Messages whose task has ended, but whose worker died before it could say so here: those that nobody has sent again
+-- since they were looked at.
+DELETE FROM patchpilot.outbox o
+USING unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
+WHERE o.message_id = seen.message_id AND o.resends = seen.resends
 
 -- name: record
 INSERT INTO patchpilot.remedy (run_id, kind, subject, diagnosis, remedy, callback, reason)

@@ -4,6 +4,7 @@
 -- Chords that are over, that had keys, and whose keys nobody has looked after since. Oldest first.
 SELECT group_id FROM patchpilot.chord
 WHERE counting = 'valkey' AND finished_at < now() - %(min_age)s AND NOT swept AND NOT shadow
+  AND (broker IS NULL OR broker = ANY(%(brokers)s::text[]))
 ORDER BY finished_at LIMIT %(batch)s
 
 -- name: swept
