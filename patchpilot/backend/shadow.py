@@ -11,9 +11,10 @@ import atexit
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import signals
 from celery.backends.redis import RedisBackend
@@ -61,6 +62,16 @@ class TooEarly(Exception):
     """What this record is about has not been written down yet, by another process."""
 
 
+class _Early(NamedTuple):
+    """A record that came too early."""
+
+    due: float
+    """When it is tried again, on the monotonic clock."""
+    work: Work
+    tries: int
+    """How many are left."""
+
+
 class Recorder:
     """Writes what it is given, in order, in a thread of its own, and drops what it cannot write."""
 
@@ -68,14 +79,11 @@ class Recorder:
         self._database = database
         self._pid = 0
         self._starting = threading.Lock()
-        self._waiting: queue.Queue[tuple[Work, int]] = queue.Queue(BACKLOG)
+        self._waiting: queue.Queue[Work] = queue.Queue(BACKLOG)
         self.dropped = 0
 
-    def put(self, work: Work, tries: int = TRIES) -> None:
-        """Have ``work`` written some time soon. Returns at once.
-
-        :param tries: how often, should it raise :class:`TooEarly`.
-        """
+    def put(self, work: Work) -> None:
+        """Have ``work`` written some time soon, and again if it raises :class:`TooEarly`. Returns at once."""
         try:
             if self._pid != os.getpid():  # a thread does not survive a fork
                 self._start()
@@ -83,7 +91,7 @@ class Recorder:
             self._drop(str(error))
             return
         try:
-            self._waiting.put_nowait((work, tries))
+            self._waiting.put_nowait(work)
         except queue.Full:
             self._drop("too much is waiting")
 
@@ -102,18 +110,27 @@ class Recorder:
                 atexit.register(self.flush)  # a script is over sooner than its last records are written
 
     def _write(self) -> None:
+        early: deque[_Early] = deque()
         while True:
-            work, tries = self._waiting.get()
+            work, tries = self._next(early)
             try:
                 self._database.run(work)
             except TooEarly:
-                if tries > 1:
-                    SYSTEM.sleep(PAUSE)
-                    self.put(work, tries - 1)
+                if tries > 1 and len(early) < BACKLOG:
+                    early.append(_Early(SYSTEM.monotonic() + PAUSE, work, tries - 1))
+                    continue
             except Exception as error:  # noqa: BLE001 - whatever it is, the application must not hear of it
                 self._drop(str(error))
-            finally:
-                self._waiting.task_done()
+            self._waiting.task_done()
+
+    def _next(self, early: deque[_Early]) -> tuple[Work, int]:
+        """What is written next, as soon as there is something: what came too early waits without anybody else."""
+        pause = early[0].due - SYSTEM.monotonic() if early else None
+        if pause is None or pause > 0:
+            with suppress(queue.Empty):
+                return self._waiting.get(timeout=pause), TRIES
+        _, work, tries = early.popleft()
+        return work, tries
 
     def _drop(self, why: str) -> None:
         self.dropped += 1

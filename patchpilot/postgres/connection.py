@@ -134,10 +134,7 @@ class Database:
         told = False
         while True:
             try:
-                with self._ours() as connection:
-                    done = work(connection)
-                    self._gave_up_at = None
-                    return done
+                done = self._in_turn(work)
             except (psycopg.OperationalError, psycopg.InternalError) as error:
                 # Internal are a session that leads to a server which was demoted, or has just been promoted, and is
                 # read-only; and one that the server ended because a transaction took longer than it allows.
@@ -157,6 +154,9 @@ class Database:
                 psycopg.errors.InvalidSchemaName,
             ) as error:
                 raise NeedsOperator("the patchpilot tables are missing or old: run `patchpilot db migrate`") from error
+            else:
+                self._gave_up_at = None
+                return done
 
     def _is_given_up(self) -> bool:
         """Whether somebody has waited for the whole budget a moment ago: whoever calls again and again, as Celery does
@@ -177,29 +177,32 @@ class Database:
             if self._pid == os.getpid():
                 self._drop()
 
-    @contextmanager
-    def _ours(self) -> Iterator[Connection]:
+    def _in_turn(self, work: Callable[[Connection], T]) -> T:
+        """Do ``work`` on the connection of this process, when it is the turn of this thread."""
         if self._pid != os.getpid():
             self._after_fork()
-        with self._turn():
-            if self._connection is None or self._connection.closed:
-                self._connection = self._connected()
-            self._connection.patience = min(self._patience, self._left())
-            try:
-                yield self._connection
-            except (psycopg.OperationalError, psycopg.InternalError):
-                self._drop()
-                raise
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        lock = self._lock
-        if not (lock.acquire() if math.isinf(self._left()) else lock.acquire(timeout=self._left())):
-            raise psycopg.OperationalError("other threads wait for it")
+        lock, left = self._lock, self._left()
         try:
-            yield
+            if not lock.acquire(timeout=-1 if math.isinf(left) else left):
+                raise psycopg.OperationalError("other threads wait for it")
+            return self._on_ours(work)
         finally:
-            lock.release()
+            # A signal, that of a soft time limit for one, may raise after any call: so there is none between acquiring
+            # and `try`, nor between that and releasing, and what is not ours is no error here.
+            try:  # noqa: SIM105 - `suppress` is a call
+                lock.release()
+            except RuntimeError:
+                pass
+
+    def _on_ours(self, work: Callable[[Connection], T]) -> T:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._connected()
+        self._connection.patience = min(self._patience, self._left())
+        try:
+            return work(self._connection)
+        except (psycopg.OperationalError, psycopg.InternalError):
+            self._drop()
+            raise
 
     def _connected(self) -> Connection:
         if not is_readable(self._dsn):

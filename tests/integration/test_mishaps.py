@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
+import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import FrameType
 from uuid import uuid4
 
 import pytest
@@ -17,6 +24,7 @@ from patchpilot.backend.config import FOLLOWS, MESSAGE_ID
 from patchpilot.clock import SYSTEM, FakeClock
 from patchpilot.errors import PatchpilotError, Transient
 from patchpilot.lab.launch import free_port
+from patchpilot.postgres import connection as postgres_connection
 from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
 from patchpilot.recovery import Finding, Recovery, Site, Window
@@ -53,13 +61,60 @@ def test_what_the_server_ends_is_tried_again_and_then_fails_in_one_line(migrated
         connection.execute("SELECT 1")
 
     with Database(migrated) as other, Database(f"{migrated}?options=-c%20{limit}%3D100", budget=0.5) as database:
-        with other._ours() as connection, connection.transaction():
+
+        def meanwhile(connection: Connection) -> None:
             if not limit.startswith("idle"):
                 connection.execute("LOCK TABLE patchpilot.outbox")
             with pytest.raises(Transient, match=r"^PostgreSQL cannot be reached: \S[^\n]*$"):
                 database.run(work)
+
+        other.run(meanwhile)
         assert len(tries) > 1
         assert database.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+class Struck(Exception):
+    """What the handler of a signal raises."""
+
+
+def striking(number: int) -> Callable[[FrameType, str, object], None]:
+    """Raise after the call of that number that the connection's code makes, where a signal may strike."""
+    seen = itertools.count(1)
+
+    def strike(frame: FrameType, event: str, _: object) -> None:
+        ours = frame.f_code.co_filename in (postgres_connection.__file__, contextlib.__file__)
+        if ours and event in ("call", "c_return") and next(seen) == number:
+            raise Struck
+
+    return strike
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 60], ids=["patient", "hasty"])
+def test_whenever_a_signal_strikes_no_lock_is_left_behind(migrated: str, seconds: float) -> None:
+    """Other threads would wait for it for ever."""
+
+    def is_free() -> bool:
+        free = database._lock.acquire(blocking=False)
+        if free:
+            database._lock.release()
+        return free
+
+    with Database(migrated) as database, ThreadPoolExecutor(1) as another:
+        for number in itertools.count(1):
+            struck = False
+            try:
+                with database.within(seconds):
+                    sys.setprofile(striking(number))
+                    database.fetch("SELECT 1")
+            except Struck:
+                struck = True
+                sys.setprofile(None)
+                assert another.submit(is_free).result(), number
+            finally:
+                sys.setprofile(None)
+            if not struck:
+                break
+        assert number > 10
 
 
 def test_who_asks_again_after_the_whole_budget_is_told_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import subprocess
@@ -18,8 +19,11 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError
 
 from patchpilot.backend import ShadowBackend
+from patchpilot.backend import shadow as shadow_mode
+from patchpilot.backend.shadow import TRIES, Recorder, TooEarly
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
+from patchpilot.postgres.connection import Connection, Database
 from patchpilot.recovery import Recovery, Site, Window
 from tests.conftest import shop_on
 from tests.support.processes import ROOT, Shop
@@ -184,3 +188,46 @@ atexit.register(ending.set)
 def test_a_script_that_ends_at_once_has_written_its_records(shadow: None, shop: Shop) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env={**os.environ, **shop.environment}, check=True)
     assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(3,)]
+
+
+def test_a_record_that_comes_too_early_keeps_no_other_one_waiting(
+    migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shadow_mode, "PAUSE", 3600)
+    written: list[str] = []
+
+    def too_early(_: Connection) -> None:
+        written.append("too early")
+        raise TooEarly
+
+    with Database(migrated) as database:
+        recorder = Recorder(database)
+        recorder.put(too_early)
+        recorder.put(lambda _: written.append("another"))
+        until(lambda: written == ["too early", "another"], seconds=WAIT, what="the other one was written")
+        assert recorder._waiting.unfinished_tasks == 1
+        atexit.unregister(recorder.flush)
+
+
+def test_a_record_that_comes_too_early_is_tried_again_so_often(migrated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow_mode, "PAUSE", 0.001)
+    tries: list[str] = []
+
+    def at_the_third(_: Connection) -> None:
+        tries.append("third")
+        if len(tries) < 3:
+            raise TooEarly
+
+    def never(_: Connection) -> None:
+        tries.append("never")
+        raise TooEarly
+
+    with Database(migrated) as database:
+        recorder = Recorder(database)
+        recorder.put(at_the_third)
+        recorder.flush(WAIT)
+        assert tries == ["third"] * 3
+        recorder.put(never)
+        recorder.flush(WAIT)
+        assert tries[3:] == ["never"] * TRIES
+    assert recorder.dropped == 0
