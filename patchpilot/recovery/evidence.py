@@ -31,6 +31,7 @@ from patchpilot.recovery.hands import Hands, ask, queues_of
 from patchpilot.recovery.quiet import Outside
 from patchpilot.valkey.broker import Broker, Holdings
 from patchpilot.workers.asking import Asking
+from patchpilot.workers.contact import Contact
 
 SQL = queries("recovery")
 
@@ -142,15 +143,19 @@ class Evidence:
 class Collector:
     """Collects evidence from one site.
 
-    :param stale: a worker that gave no sign of life for this long counts as dead.
+    :param stale: a worker that gave no sign of life for this long counts as dead, if it had the time to.
+    :param contact: ours with PostgreSQL, which tells whether it had.
     """
 
-    def __init__(self, database: Database, broker: Broker, app: Celery, clock: Clock, stale: timedelta) -> None:
+    def __init__(
+        self, database: Database, broker: Broker, app: Celery, clock: Clock, stale: timedelta, contact: Contact
+    ) -> None:
         self._database = database
         self._broker = broker
         self._app = app
         self._clock = clock
         self._stale = stale
+        self._contact = contact
 
     def collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
         """Look at everything in ``window``.
@@ -234,7 +239,7 @@ class Collector:
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
     def _ask(self, unseen: Iterable[Row], at_the_end: Mapping[str, set[str]], names: frozenset[str]) -> Hands:
-        asking = Asking(self._database, self._app, self._clock, self._stale, names)
+        asking = Asking(self._database, self._app, self._clock, self._stale, names, self._contact)
         message_ids = {row["message_id"] for row in unseen}
         task_ids = {row["task_id"] for row in unseen}.union(*at_the_end.values())
         return ask(asking, message_ids, task_ids)
