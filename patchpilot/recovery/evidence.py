@@ -88,6 +88,8 @@ class Message:
     """Its task is a part of its chord that has not returned: not the beginning of a chain that ends in one."""
     taken: float | None = None
     """When it was taken, by the clock of whoever did, if it is unacknowledged."""
+    exchange: str = ""
+    routing_key: str = ""
     refused: bool = False
     """It was sent again and again, and there is no sign that a worker ever began with it."""
 
@@ -281,7 +283,7 @@ def _chord(row: Row) -> Chord:
 def _message(row: Row, where: Where, holdings: Holdings | None = None) -> Message:
     names = (
         "message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at", "shadow",
-        "awaited",
+        "awaited", "exchange", "routing_key",
     )  # fmt: skip
     key = row["message_id"]
     tag, taken = (holdings.unacked.get(key), holdings.taken.get(key)) if holdings else (None, None)
