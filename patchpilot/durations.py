@@ -13,6 +13,9 @@ LONGEST = timedelta(days=3650)
 HEARTBEAT = timedelta(seconds=2)
 """How often a worker gives a sign of life."""
 
+LEAST_SILENCE = 2 * HEARTBEAT
+"""A living worker may be silent for so long, if a single sign of life is late."""
+
 
 def parse_duration(text: str) -> timedelta:
     """A duration such as ``300ms``, ``0s``, ``5m``, ``1h30m``, ``24h`` or ``7d``.
@@ -56,9 +59,8 @@ def long_enough_to_be_dead(silence: timedelta) -> timedelta:
 
     :raises ValueError: a living one may be silent for so long, if a single sign of life is late.
     """
-    least = 2 * HEARTBEAT
-    if silence < least:
+    if silence < LEAST_SILENCE:
         raise ValueError(
-            f"it must be {ago(least)} or more: a living worker gives a sign of life every {ago(HEARTBEAT)}"
+            f"it must be {ago(LEAST_SILENCE)} or more: a living worker gives a sign of life every {ago(HEARTBEAT)}"
         )
     return silence

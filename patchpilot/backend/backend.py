@@ -353,6 +353,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
         else:
             super()._call_task_errbacks(request, exc, traceback)
 
+    def chord_error_from_stack(self, callback: Signature, exc: Any = None) -> Any:
+        with errbacks.in_place_of(callback):
+            return super().chord_error_from_stack(callback, exc)
+
     def call_errbacks(self, request: Any, exc: Exception) -> None:
         """Call the errbacks of what failed elsewhere, or send them: as Celery does with errbacks of their kind."""
         super()._call_task_errbacks(request, exc, None)

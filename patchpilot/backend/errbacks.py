@@ -2,12 +2,13 @@
 
 Celery calls an errback that takes ``request, exc, traceback`` in the process in which something failed, and sends one
 that takes a task id as a message. Which of the two it is only its code tells, and recovery has none of it. So recovery
-sends each errback to the workers that its own messages would go to, and there Celery does with it what it always does.
+sends each errback to where it says itself, or else to the workers of the callback, which are there if anybody is; and
+there Celery does with it what it always does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,8 +16,9 @@ from uuid import uuid4
 
 from celery import Celery, Task
 from celery.app.task import Context
+from celery.canvas import maybe_signature
 
-from patchpilot.backend.routes import as_recorded
+from patchpilot.backend.routes import as_recorded, maybe_tasks
 
 ERRBACK = "patchpilot.errback"
 """The name of the task that calls one errback."""
@@ -24,8 +26,11 @@ ERRBACK = "patchpilot.errback"
 _OF_REQUEST = ("id", "task", "args", "kwargs", "root_id", "parent_id")
 """What an errback of the new kind gets to know of what failed."""
 
-_ROUTING = ("queue", "exchange", "routing_key", "priority", "serializer", "compression")
+_PLACE = ("queue", "exchange", "routing_key")
 
+_ROUTING = (*_PLACE, "priority", "serializer", "compression")
+
+_callback: ContextVar[Any] = ContextVar("patchpilot_errbacks_callback", default=None)
 _elsewhere: ContextVar[bool] = ContextVar("patchpilot_errbacks_elsewhere", default=False)
 
 
@@ -44,19 +49,52 @@ def are_called_elsewhere() -> bool:
     return _elsewhere.get()
 
 
+@contextmanager
+def in_place_of(callback: Any) -> Iterator[None]:
+    """Inside, errbacks are those of a chord that does not call ``callback``."""
+    token = _callback.set(callback)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
+
+
 def send(app: Celery, request: Any, error: Any) -> None:
-    """Send the errbacks of ``request``, each along the route of its own messages.
+    """Send the errbacks of ``request`` to be called.
 
     :param error: what happened, as a result backend encodes it.
     """
     failed = {name: value for name in _OF_REQUEST if (value := getattr(request, name, None)) is not None}
     for errback in request.errbacks:
         signature = app.signature(errback)
-        own = {name: value for name in _ROUTING if (value := signature.options.get(name)) is not None}
         app.send_task(
             ERRBACK, kwargs={"errback": signature, "failed": failed, "error": error}, task_id=str(uuid4()),
-            ignore_result=True, **{**(as_recorded(signature.task) or {}), **own},
+            ignore_result=True, **_route(app, signature),
         )  # fmt: skip
+
+
+def _route(app: Celery, errback: Any) -> dict[str, Any]:
+    route = as_recorded(errback.task) or {}
+    if not _some(_PLACE, errback.options) and (place := _place(app, _callback.get())):
+        route = {name: value for name, value in route.items() if name not in _PLACE} | place
+    return {**route, **_some(_ROUTING, errback.options)}
+
+
+def _place(app: Celery, callback: Any) -> dict[str, Any]:
+    """Where the first message of a callback would go."""
+    while (signature := maybe_signature(callback, app=app)) is not None:
+        if own := _some(_PLACE, signature.options):
+            return own
+        kwargs = signature.kwargs or {}
+        within = maybe_tasks(kwargs.get("tasks")) or maybe_tasks(kwargs.get("header"))
+        if signature.get("subtask_type") not in ("group", "chain", "chord") or not within:
+            return _some(_PLACE, as_recorded(signature.task) or {})
+        callback = within[0]
+    return {}
+
+
+def _some(names: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name in names if (value := options.get(name)) is not None}
 
 
 def install(app: Celery) -> None:

@@ -20,13 +20,18 @@ from patchpilot.backend.instance import this_worker
 from patchpilot.clock import SYSTEM
 from patchpilot.durations import HEARTBEAT
 from patchpilot.errors import PatchpilotError
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.connection import QUIET, Database
 from patchpilot.postgres.queries import queries
+from patchpilot.postgres.session import CONNECT_TIMEOUT
 
 logger = get_logger(__name__)
 
 STALE = timedelta(seconds=10)
 """A worker that was not heard of for this long is probably dead: nobody waits longer for its answer."""
+
+RETURNS = HEARTBEAT + timedelta(seconds=QUIET + CONNECT_TIMEOUT)
+"""A worker that is alive is heard of again so soon after PostgreSQL is back, if not before: an attempt to connect that
+began while it was away has to fail first, and then it pauses."""
 
 LAST_SECONDS = 5.0
 """How long a worker that shuts down waits until its end is recorded."""

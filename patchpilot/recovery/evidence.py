@@ -31,6 +31,7 @@ from patchpilot.recovery.hands import Hands, ask, queues_of
 from patchpilot.recovery.quiet import Outside
 from patchpilot.valkey.broker import Broker, Holdings
 from patchpilot.workers.asking import Asking
+from patchpilot.workers.contact import Contact
 
 SQL = queries("recovery")
 
@@ -87,6 +88,8 @@ class Message:
     """Its task is a part of its chord that has not returned: not the beginning of a chain that ends in one."""
     taken: float | None = None
     """When it was taken, by the clock of whoever did, if it is unacknowledged."""
+    exchange: str = ""
+    routing_key: str = ""
     refused: bool = False
     """It was sent again and again, and there is no sign that a worker ever began with it."""
 
@@ -142,15 +145,19 @@ class Evidence:
 class Collector:
     """Collects evidence from one site.
 
-    :param stale: a worker that gave no sign of life for this long counts as dead.
+    :param stale: a worker that gave no sign of life for this long counts as dead, if it had the time to.
+    :param contact: ours with PostgreSQL, which tells whether it had.
     """
 
-    def __init__(self, database: Database, broker: Broker, app: Celery, clock: Clock, stale: timedelta) -> None:
+    def __init__(
+        self, database: Database, broker: Broker, app: Celery, clock: Clock, stale: timedelta, contact: Contact
+    ) -> None:
         self._database = database
         self._broker = broker
         self._app = app
         self._clock = clock
         self._stale = stale
+        self._contact = contact
 
     def collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
         """Look at everything in ``window``.
@@ -236,7 +243,7 @@ class Collector:
         return {row["message_id"] for row in self._database.fetch(SQL["still_there"], params)}
 
     def _ask(self, unseen: Iterable[Row], at_the_end: Mapping[str, set[str]], names: frozenset[str]) -> Hands:
-        asking = Asking(self._database, self._app, self._clock, self._stale, names)
+        asking = Asking(self._database, self._app, self._clock, self._stale, names, self._contact)
         message_ids = {row["message_id"] for row in unseen}
         task_ids = {row["task_id"] for row in unseen}.union(*at_the_end.values())
         return ask(asking, message_ids, task_ids)
@@ -278,7 +285,7 @@ def _chord(row: Row) -> Chord:
 def _message(row: Row, where: Where, holdings: Holdings | None = None) -> Message:
     names = (
         "message_id", "task_id", "task_name", "group_id", "callback_of", "age", "resends", "sent_at", "shadow",
-        "awaited",
+        "awaited", "exchange", "routing_key",
     )  # fmt: skip
     key = row["message_id"]
     tag, taken = (holdings.unacked.get(key), holdings.taken.get(key)) if holdings else (None, None)

@@ -15,6 +15,7 @@ from patchpilot.valkey.broker import Broker
 from patchpilot.valkey.keys import ChordKeys
 from patchpilot.workers.application import Site, application
 from patchpilot.workers.asking import Asking
+from patchpilot.workers.contact import Contact
 
 
 def servers(site: Site) -> tuple[ChordKeys, ...]:
@@ -72,7 +73,8 @@ class Housekeeping:
             called as we call them.
         :raises Transient: PostgreSQL or Valkey cannot be reached. What was done stays done.
         """
-        hands = ask(Asking(self._database, self._app, self._clock, self._stale, self._broker.names()), (), ())
+        names, contact = self._broker.names(), Contact(self._clock)
+        hands = ask(Asking(self._database, self._app, self._clock, self._stale, names, contact), (), ())
         _check(hands)
         self._broker.check_layout()
         nobody = not hands.answered and not hands.silent

@@ -199,6 +199,9 @@ class Remedies:
         :returns: the findings of those that were.
         """
         of = {key: finding for finding in findings for key in finding.messages if key in messages}
+        routes = {key: (messages[key].exchange, messages[key].routing_key) for key in of}
+        unbound = self._unbound({route: of[key] for key, route in routes.items()})
+        of = {key: finding for key, finding in of.items() if routes[key] not in unbound}
         if not of:
             return []
         taken = {row["message_id"]: row for row in self._take([messages[key] for key in of], of)}
@@ -214,6 +217,26 @@ class Remedies:
                 with suppress(PatchpilotError):  # counted too low it is sent once more before it counts as refused
                     self._database.execute(SQL["pushed"], {"message_ids": pushed})
         return _distinct(of[key] for key in (*back, *pushed))
+
+    def _unbound(self, routes: Mapping[tuple[str, str], Finding]) -> set[tuple[str, str]]:
+        """Exchanges, each with a routing key, for which no queue is bound: what is published there goes nowhere.
+
+        :param routes: with a finding for which each matters.
+        """
+        asked = sorted(route for route in routes if route[0])
+        if not asked:
+            return set()
+        with _broker_errors(), self._app_for("json").producer_pool.acquire(block=True) as producer:
+            unbound = {route for route in asked if not _queues(producer.channel, *route)}
+        for exchange, routing_key in sorted(unbound):
+            self._complain(
+                routes[exchange, routing_key],
+                NeedsOperator(
+                    f"no queue is bound to exchange {exchange!r} for routing key {routing_key!r}: what was sent there "
+                    "is sent again once a worker has declared one"
+                ),
+            )
+        return unbound
 
     def _take(self, seen: Sequence[Message], of: Mapping[str, Finding]) -> list[Row]:
         params = {
@@ -280,6 +303,13 @@ class Remedies:
         columns = {name: [getattr(finding, name) for finding in findings] for name in names}
         if findings:
             connection.execute(SQL["record"], {**columns, "run_id": self._run_id})
+
+
+def _queues(channel: Any, exchange: str, routing_key: str) -> Collection[str]:
+    """Into which queues kombu would put a message."""
+    _know_type(channel, exchange)
+    found: Collection[str] = channel._lookup(exchange, routing_key)
+    return found
 
 
 def _know_type(channel: Any, exchange: str) -> None:

@@ -27,6 +27,7 @@ from patchpilot.recovery.strays import sweep_up
 from patchpilot.valkey.broker import Broker
 from patchpilot.workers.application import Site, application
 from patchpilot.workers.canaries import purge
+from patchpilot.workers.contact import Contact
 
 SQL = queries("recovery")
 
@@ -78,6 +79,7 @@ class Recovery:
         self._clock = clock
         self._complain = complain
         self._stale = site.dead_after if stale is None else stale
+        self._contact = Contact(clock)
 
     def __enter__(self) -> Self:
         return self
@@ -156,6 +158,7 @@ class Recovery:
         names = self._broker.names()
         # Before looking: a part that returns from now on asks PostgreSQL, and one that returned before is seen below.
         self._database.execute(SQL["distrust_counts"], {"brokers": sorted(names)})
+        self._contact.renew()
         purge(self._database, self._app("json"), names)
         evidence = self._collect(window, assume_lost=assume_lost)
         messages = {message.message_id: message for message in evidence.messages}
@@ -199,8 +202,11 @@ class Recovery:
         return self._database.fetch(SQL["repeated_starts"], {"since": self._clock.now() - age})
 
     def _collect(self, window: Window, *, assume_lost: bool = False) -> Evidence:
-        collector = Collector(self._database, self._broker, self._app("json"), self._clock, self._stale)
-        return collector.collect(window, assume_lost=assume_lost)
+        app = self._app("json")
+        collector = Collector(self._database, self._broker, app, self._clock, self._stale, self._contact)
+        evidence = collector.collect(window, assume_lost=assume_lost)
+        self._contact.renew()
+        return evidence
 
     def _app(self, serializer: str) -> Celery:
         if serializer not in self._apps:

@@ -12,13 +12,14 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from patchpilot.backend.heartbeat import STALE
+from patchpilot.backend.heartbeat import RETURNS, STALE
 from patchpilot.backend.transport import counting_listeners
 from patchpilot.clock import Backoff, Clock
 from patchpilot.durations import HEARTBEAT
 from patchpilot.errors import Transient
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
+from patchpilot.workers.contact import Contact
 from patchpilot.workers.unreached import unreached
 
 SQL = queries("workers")
@@ -47,16 +48,25 @@ class Asking:
 
     :param stale: a worker that gave no sign of life for this long counts as dead.
     :param brokers: the names of the site's broker. Workers of other brokers, on the same record, are none of ours.
+    :param contact: before one counts as dead, PostgreSQL has to be there for as long as a sign of life may take. None:
+        nothing depends on who is dead.
     """
 
     def __init__(
-        self, database: Database, app: Celery, clock: Clock, stale: timedelta, brokers: Collection[str]
+        self,
+        database: Database,
+        app: Celery,
+        clock: Clock,
+        stale: timedelta,
+        brokers: Collection[str],
+        contact: Contact | None = None,
     ) -> None:
         self._database = database
         self._app = app
         self._clock = clock
         self._stale = stale
         self._brokers = brokers
+        self._contact = contact
         self._heard: set[str] = set()
 
     def ask(self, command: str, arguments: Mapping[str, Any] | None = None, *, everybody: bool = False) -> Answers:
@@ -70,6 +80,8 @@ class Asking:
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
         answers = Answers()
+        if self._contact is not None:
+            self._give_time()
         # Who counts as dead only much later is not waited for until then: what it may have is unknown.
         patience = Backoff(self._clock, (min(self._stale, STALE) + HEARTBEAT).total_seconds(), first=0.5)
         while True:
@@ -96,13 +108,27 @@ class Asking:
         return found
 
     def alive(self) -> dict[str, str]:
-        """The workers of our broker that give a sign of life: instance -> name.
+        """The workers of our broker that give a sign of life, or had no time to: instance -> name."""
+        rows, owed = self._signs()
+        return {row["instance"]: row["name"] for row in rows if row["alive"] or row["instance"] in owed}
+
+    def _give_time(self) -> None:
+        """Wait until each worker has given a sign of life, or has had the time to."""
+        patience = Backoff(self._clock, 2 * RETURNS.total_seconds(), first=0.5)
+        while self._signs()[1] and patience.pause():
+            pass
+
+    def _signs(self) -> tuple[list[Row], set[str]]:
+        """The workers on record that are on our broker, and which of them are silent and had no time to be otherwise.
 
         A worker that answered is on it, by whatever name; so may be one that does not say which broker it is on.
         """
         rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
-        ours = (row for row in rows if row["broker"] in (None, *self._brokers) or row["instance"] in self._heard)
-        return {row["instance"]: row["name"] for row in ours if row["alive"]}
+        ours = [row for row in rows if row["broker"] in (None, *self._brokers) or row["instance"] in self._heard]
+        if self._contact is None:
+            return ours, set()
+        silent = {row["instance"]: row["seen_at"] for row in ours if row["today"] and not row["alive"]}
+        return ours, self._contact.owed(silent)
 
     def _unreached(self) -> frozenset[str]:
         with self._away(), self._app.connection_for_write() as connection:

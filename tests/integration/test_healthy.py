@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Applied, Recovery, Site, Window
 from patchpilot.recovery.evidence import Collector
 from patchpilot.workers.asking import Asking
+from patchpilot.workers.contact import Contact
 from tests.conftest import shop_on
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, note, total
@@ -57,6 +60,39 @@ def test_a_frozen_worker_keeps_what_it_has(shop: Shop, recovery: Recovery) -> No
     gate.touch()
     assert result.get(timeout=30) == 3
     assert sorted(shop.ledger()) == ["add 1 1", "hold began", "hold ended", "total 3"]
+
+
+@pytest.mark.parametrize("lives", [True, False], ids=["lives", "dead"])
+def test_a_worker_that_could_not_give_a_sign_of_life_is_given_the_time_to(
+    shop: Shop, recovery: Recovery, monkeypatch: pytest.MonkeyPatch, *, lives: bool
+) -> None:
+    """As an outage of PostgreSQL leaves it, for whoever recovers as soon as that is over. Nor can it be asked."""
+    gate = shop.directory / "gate"
+    result = hold.s(3, str(gate)).apply_async()
+    worker = shop.worker("-c", "1", SHOP_SETTINGS=json.dumps({"worker_enable_remote_control": False}))
+    shop.await_line("hold began")
+    os.killpg(worker.process.pid, signal.SIGSTOP)
+    owed, waited = Contact.owed, []
+
+    def go_on(self: Contact, silent: Mapping[str, datetime]) -> set[str]:
+        if found := owed(self, silent):
+            waited.append(found)
+            os.killpg(worker.process.pid, signal.SIGCONT if lives else signal.SIGKILL)
+        return found
+
+    try:
+        with Database(shop.dsn) as database, monkeypatch.context() as patch:
+            database.execute("UPDATE patchpilot.worker SET seen_at = now() - interval '1 hour'")
+            patch.setattr(Contact, "owed", go_on)
+            sweep = recovery.sweep(NOW)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGCONT)
+    assert waited
+    assert [(it.id, it.diagnosis) for it in sweep.findings] == [(result.id, "unknown" if lives else "message-lost")]
+    assert len(sweep.applied) == (not lives)
+    gate.touch()
+    assert not lives or result.get(timeout=30) == 3
 
 
 def test_a_long_task_is_at_work_for_as_long_as_its_worker_lives(shop: Shop, recovery: Recovery) -> None:

@@ -287,3 +287,34 @@ def test_workers_that_do_not_say_what_they_consume_may_have_anything() -> None:
     assert hands.Hands(places=None).may_have(row)
     assert hands.Hands(places=frozenset({"celery"})).may_have(row)
     assert not hands.Hands(places=frozenset({"other"})).may_have(row)
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["lost", "taken"])
+@pytest.mark.parametrize(("kind", "pattern"), [("topic", "news.#"), ("direct", "news.today")])
+def test_into_an_exchange_that_has_lost_its_bindings_nothing_is_sent(
+    shop: Shop, broker: redis.Redis, kind: str, pattern: str, *, taken: bool
+) -> None:
+    """Nor taken from the unacknowledged. It is said, and when the binding is back it is sent."""
+    news = Queue("news", Exchange("papers", type=kind), routing_key=pattern)
+    with app.connection_for_write() as connection:
+        news.bind(connection.default_channel).declare()
+        task = add.apply_async((1, 1), exchange="papers", routing_key="news.today", connection=connection).id
+    beside = add.delay(2, 2).id
+    [raw] = broker.lrange("news", 0, -1)
+    broker.delete("news", "celery", "_kombu.binding.papers")
+    if taken:
+        broker.hset("unacked", "tag", json.dumps([json.loads(raw), "papers", "news.today"]))
+        broker.zadd("unacked_index", {"tag": SYSTEM.now().timestamp()})
+    said: list[tuple[str, str]] = []
+    site = Site(shop.broker, shop.dsn, fanout_prefix="/{db}.")
+    with Recovery(site, complain=lambda finding, error: said.append((finding.id, str(error)))) as other:
+        passes = [other.recover(NOW) for _ in range(evidence.RESENDS + 2)]
+        assert [[it.id for it in applied] for applied in passes[:1]] == [[beside]]
+        assert not any(passes[1:])
+        assert {it[0] for it in said} == {task}
+        assert said[0][1].startswith("no queue is bound to exchange 'papers' for routing key 'news.today'")
+        assert broker.hexists("unacked", "tag") == taken
+        with app.connection_for_write() as connection:
+            news.bind(connection.default_channel).declare()
+        assert [it.id for it in other.recover(NOW)] == [task]
+    assert [json.loads(it)["headers"]["id"] for it in broker.lrange("news", 0, -1)] == [task]

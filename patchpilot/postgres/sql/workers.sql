@@ -8,4 +8,6 @@ ON CONFLICT (instance) DO UPDATE SET seen_at = now(), name = EXCLUDED.name, brok
 DELETE FROM patchpilot.worker WHERE instance = %(instance)s OR seen_at < now() - interval '1 day'
 
 -- name: workers
-SELECT instance::text, name, broker, seen_at > now() - %(stale)s AS alive FROM patchpilot.worker
+SELECT instance::text, name, broker, seen_at, seen_at > now() - %(stale)s AS alive,
+       seen_at > now() - interval '1 day' AS today
+FROM patchpilot.worker
