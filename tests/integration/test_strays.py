@@ -130,8 +130,9 @@ def test_a_chord_whose_messages_wait_is_no_stray(shop: Shop, broker: redis.Redis
     ]  # fmt: skip
     around = send(chord([task()], task(), app=stock))
     behind = send(chain(task(), chord([task()], task(), app=stock), app=stock))
-    named = "a name"
-    broker.set(f"{STEM}{named}.s", 1)  # a serialiser may write it otherwise
+    task().apply_async(group_id="order-42")
+    broker.set(f"{STEM}order-42.s", 1)
+    broker.set(f"{STEM}odd 'name'.s", 1)  # a serialiser may write it otherwise
     of = {json.loads(raw)["headers"]["group"]: raw for raw in broker.lrange("other", 0, -1)}
     broker.lrem("other", 1, of[plain])
     broker.hset("unacked", "tag", json.dumps([json.loads(of[plain]), "", "other"]))
