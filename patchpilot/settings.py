@@ -197,6 +197,8 @@ class Celery(_Section):
 
     accept_content: Annotated[tuple[str, ...], AfterValidator(installed)] = ("json",)
     """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
+    result_accept_content: Annotated[tuple[str, ...], AfterValidator(installed)] = ()
+    """The same of results, if the application sets ``result_accept_content``."""
     results: SecretStr | None = None
     """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
     results_prefix: str = ""

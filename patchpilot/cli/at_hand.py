@@ -46,6 +46,9 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
             "clusters": {NAME: broker},
             "celery": CelerySettings.model_construct(  # what the application works with is not refused here
                 accept_content=site.accept_content,
+                result_accept_content=site.result_accept_content,
+                results=SecretStr(site.results) if site.results else None,
+                results_prefix=site.results_prefix,
                 control_exchange=site.control_exchange,
                 fanout_prefix=site.fanout_prefix,
                 sep=site.sep,

@@ -23,6 +23,10 @@ def at_hand(app: Celery, dsn: str | None = None) -> tuple[Site, Config]:
     try:
         site = site_of(app, dsn)
     except ValueError:  # what cannot even be taken apart; quoted it would show the password
-        raise NeedsOperator("the application's broker URL is malformed: write redis://host:6379/0") from None
+        raise NeedsOperator(
+            "the application's broker URL, or that of its result backend, is malformed: write redis://host:6379/0"
+        ) from None
     readable_endpoint(site.endpoint, "the application's broker URL", somewhere=False)
+    if site.results:
+        readable_endpoint(site.results, "the URL of the application's result backend", somewhere=False)
     return replace(site, dead_after=config.recovery_dead_after), config

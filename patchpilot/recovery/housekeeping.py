@@ -88,7 +88,7 @@ class Housekeeping:
         return adoption.adopt(adoption.look(), unacked=nobody)
 
     def _adoption(self) -> Adoption:
-        return Adoption(self._database, self._broker, self._servers[0], self._app, self._site.accept_content)
+        return Adoption(self._database, self._broker, self._servers[0], self._app, self._site.in_results)
 
 
 def _check(hands: Hands) -> None:

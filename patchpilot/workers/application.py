@@ -6,6 +6,7 @@ go was recorded with each chord by the application itself.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ class Site:
     dsn: str
     key_prefix: str = ""
     accept_content: tuple[str, ...] = ("json",)
+    result_accept_content: tuple[str, ...] = ()
+    """In results, if that is something else."""
     claim_lease: timedelta = timedelta(seconds=30)
     results: str = ""
     """URL of the Valkey of the application's result backend, if that is another one."""
@@ -53,6 +56,11 @@ class Site:
     """Of its broker transport options, as the next."""
     priority_steps: tuple[int, ...] = ()
     """Kombu's own, if there are none."""
+
+    @property
+    def in_results(self) -> tuple[str, ...]:
+        """What may be decoded of results."""
+        return self.result_accept_content or self.accept_content
 
 
 def application(site: Site, serializer: str = "json") -> Celery:
@@ -77,7 +85,7 @@ def application(site: Site, serializer: str = "json") -> Celery:
         patchpilot_postgres_timeout=PATIENCE,
         patchpilot_valkey_budget=10.0,
         accept_content=list(site.accept_content),
-        result_accept_content=list(site.accept_content),
+        result_accept_content=list(site.in_results),
         result_serializer=serializer,
         task_routes=(as_recorded,),
         task_publish_retry_policy=_PUBLISH_RETRIES,
@@ -108,7 +116,10 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
         dsn=config.dsn,
         key_prefix=options.get("global_keyprefix") or "",
         accept_content=tuple(conf.accept_content),
+        result_accept_content=tuple(conf.result_accept_content or ()),
         claim_lease=config.claim_lease,
+        results=_results(conf),
+        results_prefix=(conf.result_backend_transport_options or {}).get("global_keyprefix") or "",
         control_exchange=conf.control_exchange,
         fanout_prefix=options.get("fanout_prefix", True),
         broker=conf.get(BROKER),
@@ -117,11 +128,19 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
     )
 
 
+def _results(conf: Any) -> str:
+    """The URL of the Valkey of the result backend; empty if it is none, and chords have no keys but the broker's."""
+    url = str(conf.result_backend or "").removeprefix("patchpilot+")
+    return _encrypted(url, conf.redis_backend_use_ssl) if url.startswith(("redis://", "rediss://")) else ""
+
+
 def _encrypted(url: str, options: Any) -> str:
-    """``url`` with what ``broker_use_ssl`` says."""
+    """``url`` with what ``broker_use_ssl`` or ``redis_backend_use_ssl`` says, as redis-py reads it."""
+    url = re.sub(r"(?<=ssl_cert_reqs=)CERT_(\w+)", lambda it: it[1].lower(), url)
     if not options:
         return url
-    given = {key: value for key, value in (options if isinstance(options, Mapping) else {}).items() if value}
+    said = options if isinstance(options, Mapping) else {}
+    given = {key: value for key, value in said.items() if value or isinstance(value, ssl.VerifyMode)}  # CERT_NONE is 0
     names = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional", ssl.CERT_REQUIRED: "required"}
     query = urlencode({key: names.get(value, value) for key, value in given.items()})
     parts = urlsplit(url)

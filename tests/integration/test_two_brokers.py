@@ -21,9 +21,10 @@ from patchpilot.lab.servers import ValkeyNode
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.inventory import Elsewhere
+from patchpilot.workers.application import site_of
 from tests.conftest import forget_connections, shop_on
 from tests.support.processes import Shop
-from tests.support.shop import add, app, hold, total
+from tests.support.shop import add, app, boom, hold, total
 
 pytestmark = pytest.mark.backend
 
@@ -145,3 +146,29 @@ def test_a_callback_is_dispatched_to_the_broker_of_its_chord(
                 with Recovery(Site(broker, shop.dsn), stale=SOON) as recovery:
                     recovery.recover(NOW)
             assert (here.llen("celery"), there.llen("celery")) == (0, 1)
+
+
+def test_results_are_read_and_told_of_where_and_as_the_application_at_hand_does_it(
+    shop: Shop, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are pickled, which messages may not be, and their Valkey is another one than the broker."""
+    forget_connections(app)
+    monkeypatch.setitem(app.conf, "result_serializer", "pickle")
+    monkeypatch.setitem(app.conf, "result_accept_content", ["json", "pickle"])
+    monkeypatch.setitem(app.conf, "result_backend", f"patchpilot+{other}")
+    monkeypatch.setitem(app.conf, "result_backend_transport_options", {"global_keyprefix": "shop:"})
+    result = chord([boom.s()], total.s()).apply_async()
+    part = Part(result.parent.id, result.parent.results[0].id, 0)
+    app.backend.chords.return_part(part, "FAILURE", ValueError("boom"))
+    with Database(shop.dsn) as database:
+        database.execute("DELETE FROM patchpilot.outbox")
+        database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '1 min'")
+        database.execute("UPDATE patchpilot.chord_part SET returned_at = now() - interval '1 min'")
+    with redis.Redis.from_url(other) as results, results.pubsub() as told, Recovery(site_of(app)) as recovery:
+        told.psubscribe("*")
+        told.get_message(timeout=30)
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["error-path-lost"]
+        message = told.get_message(timeout=30)
+        assert message is not None
+        assert message["channel"] == f"shop:celery-task-meta-{result.id}".encode()
+    assert "boom" in str(result.result)
