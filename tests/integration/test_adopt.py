@@ -35,8 +35,8 @@ STEM = "celery-taskset-meta-"
 class Stock:
     """The same application before it had patchpilot: a producer here, workers in processes of their own."""
 
-    def __init__(self, shop: Shop) -> None:
-        self.app = Celery("stock", broker=shop.broker, backend=shop.broker, set_as_current=False)
+    def __init__(self, shop: Shop, results: str | None = None) -> None:
+        self.app = Celery("stock", broker=shop.broker, backend=results or shop.broker, set_as_current=False)
         self._shop = shop
 
     def s(self, name: str, *args: Any, early: bool = False, **kwargs: Any) -> Signature:
