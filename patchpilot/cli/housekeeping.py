@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from patchpilot.cli.console import Output, emit, emit_json, emit_table, say
 from patchpilot.durations import ago
+from patchpilot.errors import NeedsOperator
 from patchpilot.recovery.adopt import Verdict
 from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.recovery.strays import Stray, Strays
@@ -17,13 +18,19 @@ EXAMPLES = 20
 
 
 def strays(site: Site, idle: timedelta, output: Output, *, dry_run: bool) -> None:
-    """Show the keys of chords that are on no record, and remove those that are old enough."""
+    """Show the keys of chords that are on no record, and remove those that are old enough.
+
+    :raises NeedsOperator: the messages in the broker cannot be read, so that all of them stay.
+    """
     with Housekeeping(site) as housekeeping:
         found = housekeeping.strays(idle, remove=not dry_run)
     if output is Output.JSON:
-        emit_json({"strays": [_stray(it) for it in found.found], "keys": found.keys, "removed": found.removed})
-        return
-    _show_strays(found, idle, dry_run=dry_run)
+        counts = {"keys": found.keys, "removed": found.removed, "kept": found.kept}
+        emit_json({"strays": [_stray(it) for it in found.found], **counts})
+    else:
+        _show_strays(found, idle, dry_run=dry_run)
+    if found.kept is not None and not dry_run:
+        raise NeedsOperator(f"nothing is removed: {found.kept}")
 
 
 def adopt(site: Site, output: Output, *, dry_run: bool) -> None:
@@ -45,7 +52,7 @@ def _show_strays(found: Strays, idle: timedelta, *, dry_run: bool) -> None:
         ("CHORD", "KEYS", "UNTOUCHED", "EXPIRES", "SERVER", ""),
         [
             (
-                it.keys.group_id, ",".join(it.keys.suffixes), ago(it.keys.idle) if it.keys.idle is not None else "?",
+                it.keys.group_id, ",".join(it.suffixes), ago(it.keys.idle) if it.keys.idle is not None else "?",
                 f"in {ago(it.keys.expires)}" if it.keys.expires is not None else "never", it.server,
                 "goes" if it.goes else "stays",
             )
@@ -55,8 +62,10 @@ def _show_strays(found: Strays, idle: timedelta, *, dry_run: bool) -> None:
     if len(oldest) > EXAMPLES:
         emit(f"... and {len(oldest) - EXAMPLES} more")
     many = f"{found.keys} keys of {len(found.found)} chords that are on no record"
-    going = sum(len(it.keys.suffixes) for it in found.found if it.goes)
-    if dry_run:
+    going = sum(len(it.suffixes) for it in found.found if it.goes)
+    if found.kept is not None:
+        say(f"{many}; none would be removed: {found.kept}" if dry_run else many)
+    elif dry_run:
         say(f"{many}; {going} untouched for {ago(idle)} would be removed: run the same command without --dry-run")
     else:
         say(f"{many}; removed {found.removed}")
@@ -64,7 +73,7 @@ def _show_strays(found: Strays, idle: timedelta, *, dry_run: bool) -> None:
 
 def _stray(stray: Stray) -> dict[str, object]:
     return {
-        **asdict(stray.keys), "server": stray.server, "goes": stray.goes,
+        **asdict(stray.keys), "suffixes": stray.suffixes, "server": stray.server, "goes": stray.goes,
         "idle": None if stray.keys.idle is None else stray.keys.idle.total_seconds(),
         "expires": None if stray.keys.expires is None else stray.keys.expires.total_seconds(),
     }  # fmt: skip

@@ -182,7 +182,9 @@ class Adoption:
 
     def _take(self, stock: Stock, verdict: Verdict, unacked: bool) -> Verdict:
         since = self._database.fetch(SQL["now"])[0]["now"]
-        rows = [row for it in stock.deliveries if it.tag is None or unacked for row in self._marked(stock, it)]
+        taken = [it for it in stock.deliveries if it.tag is None or unacked]
+        # By message: one that others pushed down or took while the broker was read was found more than once.
+        rows = list({row["message_id"]: row for it in taken for row in self._marked(stock, it)}.values())
         done = self._database.run(lambda connection: self._write(connection, stock, verdict, rows, since))
         if not done:
             return replace(verdict, reason="somebody else has adopted it")

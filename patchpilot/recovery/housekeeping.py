@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Self
 
@@ -10,6 +11,7 @@ from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery.adopt import Adoption, Verdict, judge
 from patchpilot.recovery.hands import Hands, ask, hint
+from patchpilot.recovery.mentions import mentioned
 from patchpilot.recovery.strays import Strays, strays
 from patchpilot.valkey.broker import Broker
 from patchpilot.valkey.keys import ChordKeys
@@ -52,11 +54,17 @@ class Housekeeping:
         self._app.close()
 
     def strays(self, idle: timedelta | None, *, remove: bool) -> Strays:
-        """Look for keys of chords that are on no record; remove what nobody has touched for ``idle``.
+        """Look for keys of chords that are on no record and of which no message tells; remove what nobody has touched
+        for ``idle``. Nothing, if the messages cannot be read.
 
         :raises Transient: PostgreSQL or Valkey cannot be reached.
         """
-        return strays(self._database, self._servers, idle, remove=remove)
+        return strays(self._database, self._servers, self._waiting, idle, remove=remove)
+
+    def _waiting(self, group_ids: Collection[str]) -> set[str]:
+        queues = self._broker.declared()
+        self._broker.check_layout(queues)
+        return mentioned(self._broker.messages(queues), group_ids)
 
     def adoptable(self) -> list[Verdict]:
         """Which chords could be adopted, and which could not, and why. Changes nothing.

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 from celery import Celery, states
 from celery.result import GroupResult, result_from_tuple
 from kombu.compression import decompress
-from kombu.exceptions import KombuError
+from kombu.exceptions import DecodeError, KombuError
 from kombu.serialization import dumps, loads, prepare_accept_content
 from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.valkey.broker import Delivery
 from patchpilot.valkey.keys import Count
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Returned(NamedTuple):
@@ -91,6 +93,8 @@ class Reader:
     def parts_of(self, message: Mapping[str, Any]) -> list[Pending]:
         """The parts that a message will bring. None, if it is of no chord or cannot be decoded."""
         headers = message.get("headers") or {}
+        if not (headers.get("task") and headers.get("id") and message["properties"].get("delivery_tag")):
+            return []
         try:
             body = loads(body_of(message), message["content-type"], message["content-encoding"], accept=self._accept)
             embed = body[2]
@@ -143,7 +147,10 @@ def body_of(message: Mapping[str, Any]) -> bytes:
     """A message's body as it was given to the broker; decompressed."""
     body = raw_body_of(message)
     compression = (message.get("headers") or {}).get("compression")
-    return bytes(decompress(body, compression)) if compression else body
+    try:
+        return bytes(decompress(body, compression)) if compression else body
+    except Exception as error:  # each way of compressing raises what it likes
+        raise DecodeError(f"{compression} cannot decompress it") from error
 
 
 def raw_body_of(message: Mapping[str, Any]) -> bytes:
@@ -158,13 +165,27 @@ def _parts(headers: Mapping[str, Any], embed: Mapping[str, Any]) -> Iterator[Pen
         yield from _of_signature(embed["chain"][0])  # the last task; a chain travels in reverse
 
 
-def _of_signature(signature: Mapping[str, Any]) -> Iterator[Pending]:
-    options = signature.get("options") or {}
-    tasks = (signature.get("kwargs") or {}).get("tasks") if signature.get("subtask_type") == "chain" else None
-    if options.get("chord") is None and tasks:
-        options = tasks[-1].get("options") or {}
-    if options.get("chord") is not None and options.get("group_id") and options.get("task_id"):
-        yield from _part(options["group_id"], options["task_id"], options.get("group_index"), options["chord"])
+def _of_signature(signature: Mapping[str, Any], around: Mapping[str, Any] = _NOTHING) -> Iterator[Pending]:
+    """The parts that a signature brings in the end: the last of a chain, the callback of a chord, each of a group.
+
+    :param around: options of the canvas that it ends.
+    """
+    own = {name: value for name, value in (signature.get("options") or {}).items() if value is not None}
+    options = {**own, **around}
+    given = {name: options[name] for name in ("chord", "group_id", "group_index") if name in options}
+    kwargs = signature.get("kwargs") or {}
+    match signature.get("subtask_type"):
+        case "chord" if kwargs.get("body"):
+            yield from _of_signature(kwargs["body"], given)
+        case "group":
+            for task in kwargs.get("tasks") or ():
+                yield from _of_signature(task)
+        case "chain" if kwargs.get("tasks"):
+            last = kwargs["tasks"][-1]
+            task_id = (last.get("options") or {}).get("task_id") or own.get("task_id")
+            yield from _of_signature(last, {**given, "task_id": task_id})
+        case _ if options.keys() >= {"chord", "group_id", "task_id"}:
+            yield from _part(options["group_id"], options["task_id"], options.get("group_index"), options["chord"])
 
 
 def _part(group_id: Any, task_id: Any, index: int | None, callback: Mapping[str, Any]) -> Iterator[Pending]:

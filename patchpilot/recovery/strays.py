@@ -1,16 +1,18 @@
 """Keys that chords have left behind in Valkey: whose they are, which may go, and removing those.
 
 Of a chord that PostgreSQL says is over, they go. Of one that is open, never. Those of a chord that is on no record are
-strays: left by a group within a header, by a worker that died, or in use by a chord that was sent without patchpilot.
-Valkey does not tell these apart, but for how long nobody has touched them.
+strays, if no message in the broker tells of it: left by a group within a header, by a worker that died, or in use by
+the tasks of a chord that was sent without patchpilot. Valkey does not tell these apart, but for how long nobody has
+touched them. The key of a group by itself is none: so a group is saved for its users, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
+from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
 from patchpilot.valkey.keys import ChordKeys, Keys
@@ -19,6 +21,9 @@ SQL = queries("strays")
 
 BATCH = 500
 """How many chords that are over are looked after in one pass."""
+
+SAVED = ""
+"""The suffix of a group's own key. Users save groups under it, and it goes by itself."""
 
 SETTLED = timedelta(minutes=1)
 """A chord that begins anew under its old id touches its keys. What was touched later than this is left alone."""
@@ -33,6 +38,11 @@ class Stray:
     goes: bool
     """Whether it has been left alone for long enough to be removed."""
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the keys that go."""
+        return tuple(suffix for suffix in self.keys.suffixes if suffix != SAVED)
+
 
 @dataclass
 class Strays:
@@ -40,39 +50,54 @@ class Strays:
 
     found: list[Stray] = field(default_factory=list)
     removed: int = 0
+    kept: str | None = None
+    """Why all of them stay: the messages in the broker cannot be read."""
 
     @property
     def keys(self) -> int:
-        return sum(len(stray.keys.suffixes) for stray in self.found)
+        return sum(len(stray.suffixes) for stray in self.found)
 
 
 def decide(keys: Keys, on_record: Collection[str], idle: timedelta | None) -> bool | None:
-    """Whether these keys may go. None if they are no strays: PostgreSQL knows the chord.
+    """Whether these keys may go. None if they are no strays: PostgreSQL knows the chord, or a group was saved.
 
     :param idle: how long nobody may have touched any of them. None: nothing may go.
     """
-    if keys.group_id in on_record:
+    if keys.group_id in on_record or keys.suffixes == (SAVED,):
         return None
     return idle is not None and keys.idle is not None and keys.idle >= idle
 
 
-def strays(database: Database, servers: Sequence[ChordKeys], idle: timedelta | None, *, remove: bool) -> Strays:
-    """Look for strays on some servers, page by page, and remove those that may go.
+def strays(
+    database: Database, servers: Sequence[ChordKeys], waiting: Callable[[Collection[str]], set[str]],
+    idle: timedelta | None, *, remove: bool,
+) -> Strays:  # fmt: skip
+    """Look for strays on some servers, and remove those that may go.
 
+    :param waiting: which of these chords messages in the broker tell of.
     :param idle: see :func:`decide`.
     :raises Transient: PostgreSQL or a server cannot be reached. What was removed stays removed.
     """
-    result = Strays()
-    for server in servers:
-        seen: set[str] = set()
-        for page in server.pages():
-            fresh = [keys for keys in page if keys.group_id not in seen]
-            seen.update(keys.group_id for keys in fresh)
-            for stray in _of_page(database, server, fresh, idle):
-                result.found.append(stray)
-                if remove and stray.goes and idle is not None:
-                    result.removed += max(0, server.remove(stray.keys.group_id, idle))
+    found = [(server, stray) for server in servers for stray in _on(database, server, idle)]
+    try:
+        # Looked for after the keys were read: a task that is sent on from then on belongs to one that ran until then.
+        live = waiting({stray.keys.group_id for _, stray in found}) if found else set()
+    except NeedsOperator as error:
+        return Strays([replace(stray, goes=False) for _, stray in found], kept=str(error))
+    found = [(server, stray) for server, stray in found if stray.keys.group_id not in live]
+    result = Strays([stray for _, stray in found])
+    for server, stray in found:
+        if remove and stray.goes and idle is not None:
+            result.removed += max(0, server.remove(stray.keys.group_id, idle, (SAVED,)))
     return result
+
+
+def _on(database: Database, server: ChordKeys, idle: timedelta | None) -> Iterator[Stray]:
+    seen: set[str] = set()
+    for page in server.pages():
+        fresh = [keys for keys in page if keys.group_id not in seen]
+        seen.update(keys.group_id for keys in fresh)
+        yield from _of_page(database, server, fresh, idle)
 
 
 def _of_page(database: Database, server: ChordKeys, page: Sequence[Keys], idle: timedelta | None) -> Iterator[Stray]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import redis
@@ -51,6 +52,7 @@ class Delivery:
     """None if it is unacknowledged."""
     raw: bytes
     message: dict[str, Any]
+    """Empty, if it is no message of kombu's."""
     tag: str | None = None
     """Its delivery tag, if it is unacknowledged."""
 
@@ -127,17 +129,15 @@ class Broker:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
     def messages(self, queues: Iterable[str]) -> Iterator[Delivery]:
-        """Every message in ``queues``, and every one that is unacknowledged, as it is.
+        """Every message in ``queues``, and every one that is unacknowledged, as it is. Some come more than
+        once.
+
+        A message moves between the two, both ways: those unacknowledged are read first, and last again.
 
         :raises Transient: if the broker cannot be read.
         """
         try:
-            for queue in sorted(queues):
-                for name in self._lists(queue):
-                    yield from (Delivery(name, queue, raw, json.loads(raw)) for raw in self._all(name))
-            for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
-                message, _exchange, _routing_key = json.loads(raw)
-                yield Delivery(f"{self._prefix}unacked", None, raw, message, tag.decode())
+            yield from chain(self._abandonable(), self._lying(queues), self._abandonable())
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
@@ -253,9 +253,19 @@ class Broker:
         names = (queue, *(f"{queue}{self._sep}{priority}" for priority in range(1, 10)))
         return [f"{self._prefix}{name}" for name in names]
 
+    def _lying(self, queues: Iterable[str]) -> Iterator[Delivery]:
+        for queue in sorted(queues):
+            for name in self._lists(queue):
+                yield from (Delivery(name, queue, raw, _message(raw)) for raw in self._all(name))
+
+    def _abandonable(self) -> Iterator[Delivery]:
+        key = f"{self._prefix}unacked"
+        for tag, raw in self._client.hscan_iter(key, count=_CHUNK):
+            yield Delivery(key, None, raw, _message(raw, unacked=True), tag.decode())
+
     def _queued(self, queue: str) -> Iterator[str]:
         for name in self._lists(queue):
-            yield from (found for raw in self._all(name) if (found := _message_id(json.loads(raw))))
+            yield from (found for raw in self._all(name) if (found := _message_id(_message(raw))))
 
     def _all(self, name: str) -> Iterator[bytes]:
         start = 0
@@ -274,8 +284,7 @@ class Broker:
 
     def _unacked(self) -> Iterator[tuple[str, str]]:
         for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
-            message, _exchange, _routing_key = json.loads(raw)
-            if found := _message_id(message):
+            if found := _message_id(_message(raw, unacked=True)):
                 yield found, tag.decode()
 
 
@@ -287,6 +296,17 @@ def _queue(binding: str, sep: str) -> str | None:
     parts = binding.split(sep)
     fits = len(parts) == len(("routing key", "pattern", "queue")) and re.fullmatch(r"|\^.*\$", parts[1])
     return parts[-1] if fits else None
+
+
+def _message(raw: bytes, *, unacked: bool = False) -> dict[str, Any]:
+    """A message as kombu writes it. Empty, if something else was put in its place."""
+    try:
+        found = json.loads(raw)
+        message, headers = (found[0], found[0]["headers"]) if unacked else (found, found["headers"])
+    except (ValueError, TypeError, LookupError):
+        return {}
+    fits = isinstance(message.get("properties"), dict) and isinstance(headers, dict | None) and "body" in message
+    return message if fits else {}
 
 
 def _message_id(message: dict[str, Any]) -> str | None:

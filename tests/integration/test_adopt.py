@@ -20,6 +20,7 @@ from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.adopt import Adoption, Verdict
 from patchpilot.recovery.housekeeping import Housekeeping
+from patchpilot.valkey.broker import Broker
 from tests.integration.test_cli import config
 from tests.integration.test_outbox import tokyo
 from tests.support import shop as tasks
@@ -36,8 +37,8 @@ STEM = "celery-taskset-meta-"
 class Stock:
     """The same application before it had patchpilot: a producer here, workers in processes of their own."""
 
-    def __init__(self, shop: Shop) -> None:
-        self.app = Celery("stock", broker=shop.broker, backend=shop.broker, set_as_current=False)
+    def __init__(self, shop: Shop, results: str | None = None) -> None:
+        self.app = Celery("stock", broker=shop.broker, backend=results or shop.broker, set_as_current=False)
         self._shop = shop
 
     def s(self, name: str, *args: Any, early: bool = False, **kwargs: Any) -> Signature:
@@ -89,6 +90,9 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
     chains = stock.chord([chain(s("add", 1, 1), s("add", 1)), s("add", 2, 2, early=True)], "chains")
     nested = stock.chord([chain(s("add", 1, 1), group(s("add", 1), s("add", 2))), s("add", 3, 3, early=True)], "nested")
     inner = stock.chord([chord([s("add", 1, 1), s("add", 2, 2)], s("total"), app=stock.app), s("add", 5, 5)], "outer")
+    # Of these the one message that is queued has the callback in what it hands on, and that is no chain's last task.
+    late = stock.chord([chain(s("add", 1, 1), chord([s("add", 1), s("add", 2)], s("total"), app=stock.app))], "late")
+    middle = stock.chord([chain(s("add", 1, 1), group(s("add", 1), s("add", 2)), s("total"))], "middle")
     failing = stock.chord([s("add", 4, 4, early=True), s("boom")], "failing")
     done = stock.chord([s("add", 9, 9, early=True)], "done")
     stock.work(6)
@@ -99,7 +103,7 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
     assert {it.reason for key, it in planned.items() if key != done.parent.id} == {None}
     assert planned[flat.parent.id].returned == 2
     adopted = by_id(housekeeping.adopt())
-    assert all(adopted[it.parent.id].adopted for it in (flat, chains, nested, inner, failing))
+    assert all(adopted[it.parent.id].adopted for it in (flat, chains, nested, inner, late, middle, failing))
     # Of the one that was complete its callback is queued; nobody looks for it where it is not.
     assert [key for key in by_id(housekeeping.adopt()) if key != done.parent.id] == []
     assert [key for key in broker.keys(f"{STEM}*") if not key.endswith(b".c")] == []
@@ -111,6 +115,7 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
         shop.worker("-c", "2")
         expected = {
             "flat": [0, 2, 4, 6], "chains": [3, 4], "nested": [[3, 4], 6], "outer": [6, 10], "done": [18],
+            "late": [7], "middle": [7],
         }  # fmt: skip
         for label, values in expected.items():
             shop.await_line(f"{label} {values!r}")
@@ -120,7 +125,7 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
         assert recovery.recover(NOW) == ()
     ledger = shop.ledger()
     assert [ledger.count(f"{label} {values!r}") for label, values in expected.items()] == [1] * len(expected)
-    assert len([line for line in ledger if line.startswith("add ")]) == 16
+    assert len([line for line in ledger if line.startswith("add ")]) == 22
 
 
 @pytest.mark.parametrize(("late", "unknown"), [("0", 1), ("1", 0)], ids=["acknowledged", "unacknowledged"])
@@ -193,6 +198,30 @@ def test_a_time_without_an_offset_is_in_utc_wherever_postgresql_is(
     assert by_id(housekeeping.adopt())[result.parent.id].adopted
     with Database(shop.dsn) as database:
         assert database.fetch("SELECT expires FROM patchpilot.outbox") == [{"expires": soon}]
+
+
+def test_what_is_read_twice_or_moves_while_the_queues_are_read(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others push meanwhile, so that pages overlap; and a worker that ends puts back what it had taken."""
+    results = [stock.chord([stock.s("add", i, i), stock.s("add", 1, 1)], f"end{i}") for i in range(3)]
+    raw = broker.lpop("celery")
+    assert isinstance(raw, bytes)
+    broker.hset("unacked", "tag", json.dumps([json.loads(raw), "", "celery"]))
+    read_a_page = Broker._chunk
+
+    def busy(self: Broker, name: str, start: int) -> list[bytes]:
+        page = read_a_page(self, name, start)
+        if name == "celery" and broker.hdel("unacked", "tag"):
+            broker.lpush("celery", "junk", "junk", raw)
+        return page
+
+    monkeypatch.setattr("patchpilot.valkey.broker._CHUNK", 2)
+    monkeypatch.setattr(Broker, "_chunk", busy)
+    adopted = by_id(housekeeping.adopt())
+    assert {key: (it.adopted, it.unknown) for key, it in adopted.items()} == {it.parent.id: (True, 0) for it in results}
+    with Database(shop.dsn) as database:
+        assert len(database.fetch("SELECT 1 FROM patchpilot.outbox")) >= 5
 
 
 def test_what_cannot_be_adopted_is_told_and_left_alone(

@@ -12,6 +12,8 @@ from celery import chord
 
 from patchpilot.errors import Exit
 from patchpilot.postgres.connection import Database
+from patchpilot.valkey.keys import ChordKeys
+from tests.integration.test_adopt import Stock
 from tests.support.commands import environment
 from tests.support.processes import ROOT, Shop
 from tests.support.shop import add, total
@@ -44,6 +46,25 @@ def test_recover_and_chords_for_an_application(shop: Shop) -> None:
     assert [it["id"] for it in json.loads(done.stdout)["applied"]] == [result.parent.id]
     shop.worker("-c", "1")
     shop.await_line("total 6")
+
+
+def test_keys_of_chords_are_where_the_application_has_them(shop: Shop) -> None:
+    """On the Valkey of its results, under the prefix of its result backend. Others keep theirs beside them."""
+    results = shop.broker.removesuffix("/0") + "/5"
+    prefix = {"result_backend_transport_options": {"global_keyprefix": "mine:"}}
+    own = {**shop.environment, "SHOP_BACKEND": f"patchpilot+{results}", "SHOP_SETTINGS": json.dumps(prefix)}
+    stock = Stock(shop, results)
+    stock.app.conf.update(prefix)
+    sent = stock.chord([stock.s("add", 1, 1), stock.s("add", 2, 2)], "end")
+    with redis.Redis.from_url(results) as client:
+        client.set("celery-taskset-meta-other.s", 1)
+        [found] = json.loads(celery("recover", "--adopt", "--dry-run", "--output", "json", **own).stdout)["chords"]
+        assert (found["group_id"], found["total"], found["reason"]) == (sent.parent.id, 2, None)
+        client.set(ChordKeys(results, "mine:").key("stray", ".s"), 1)
+        done = json.loads(celery("recover", "--strays", "0s", "--output", "json", **own).stdout)
+        assert ([it["group_id"] for it in done["strays"]], done["removed"]) == (["stray"], 1)
+        assert len(client.keys("*taskset-meta*")) == 2
+    stock.close()
 
 
 def test_tables_are_made_for_an_application(shop: Shop, dsn: str) -> None:
