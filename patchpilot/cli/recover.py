@@ -22,6 +22,7 @@ from patchpilot.cli.console import (
     emit_table,
     read_settings,
     say,
+    shortened,
     the_broker,
 )
 from patchpilot.cli.watch import Orders, go_on
@@ -259,13 +260,18 @@ def _show(sweep: Sweep, window: Window, *, dry_run: bool) -> None:
     )
     emit("")
     for finding in findings:
-        emit(f"{finding.id}: {finding.reason}")
+        emit(f"{finding.id}{_in_full(finding.callback)}: {finding.reason}")
     curable = sum(finding.curable for finding in findings)
     if dry_run:
         say(f"{curable} of {len(findings)} can be recovered: run the same command without --dry-run")
         say(f"with --output json this is a plan for --plan; its digest: {as_data(findings, window)['digest']}")
     else:
         say(f"recovered {len(sweep.applied)} of {len(findings)}")
+
+
+def _in_full(callback: str | None) -> str:
+    """The callback, if the table does not show all of it."""
+    return "" if callback is None or shortened(callback) == callback else f" ({callback})"
 
 
 def _parts(finding: Finding) -> str:

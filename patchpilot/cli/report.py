@@ -11,8 +11,8 @@ from patchpilot import report as reports
 from patchpilot.cli.console import (
     ClusterOption,
     ConfigOption,
-    emit,
     emit_json,
+    emit_page,
     read_settings,
     say,
 )
@@ -57,9 +57,9 @@ def report(
         case Format.JSON:
             emit_json(data)
         case Format.HTML:
-            emit(reports.html(data).rstrip())
+            emit_page(reports.html(data).rstrip())
         case Format.TEXT:
-            emit(reports.markdown(data))
+            emit_page(reports.markdown(data))
 
 
 def _newest(database: Database, settings: Settings, cluster: str | None) -> Run:

@@ -222,3 +222,24 @@ def test_a_part_that_is_waited_for_is_said_to_be_in_its_queue_or_a_chord_of_its_
         assert life(database, row["group_id"]).why == why % "queue nobody"
         database.execute("UPDATE patchpilot.outbox SET queue = NULL, exchange = 'x', routing_key = 'y'")
         assert life(database, row["group_id"]).why == why % "exchange 'x' with routing key 'y'"
+
+
+def test_names_are_shown_and_not_obeyed(shop: Shop, config: Path) -> None:
+    """Nor do they widen a table without end, or stop a command where the terminal cannot show them."""
+    long = "n" * 3000
+    for name in ("evil\x1b[2J\r\nINJECTED\u202e 任务", long):
+        chord([add.s(1, 1)], app.signature(name)).apply_async()
+    with redis.Redis.from_url(shop.broker) as broker:
+        broker.delete("celery")
+    dry = ("recover", "--dry-run", "--min-age", "0s")
+    found = json.loads(patchpilot(*dry, "--output", "json", "--config", config).stdout)["findings"]
+    assert {it["callback"] for it in found} == {"evil\x1b[2J\r\nINJECTED\u202e 任务", long}
+    for arguments in (dry, ("chords",), *(("chords", "show", it["id"]) for it in found)):
+        done = patchpilot(*arguments, "--config", config, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+        assert "\n" in done.stdout
+        assert "INJECTED" not in [line[:8] for line in done.stdout.splitlines()]
+        assert done.stdout.replace("\n", "").isprintable()
+    table, _, reasons = patchpilot(*dry, "--config", config).stdout.partition("\n\n")
+    assert max(map(len, table.splitlines())) < 250
+    assert f" ({long}): 0 of 1 parts returned" in reasons
