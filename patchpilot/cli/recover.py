@@ -31,7 +31,7 @@ from patchpilot.errors import Exit, PatchpilotError, Usage
 from patchpilot.recovery import Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
 from patchpilot.recovery.inventory import Elsewhere
-from patchpilot.recovery.plan import Plan, as_data
+from patchpilot.recovery.plan import Plan, as_data, hold_to
 from patchpilot.recovery.plan import read as read_plan
 from patchpilot.recovery.quiet import headline, many, rest
 from patchpilot.settings import Settings
@@ -149,6 +149,8 @@ def recover(
     usual = Window(settings.recovery.min_age, settings.recovery.max_age) if agreed is None else agreed.window
     window, kinds = _window(usual, min_age, max_age), _kinds(only)
     where = site(settings, the_broker(settings, cluster))
+    if agreed is not None:
+        hold_to(agreed, where)
     if adopt:
         housekeeping.adopt(where, output, dry_run=dry_run)
     elif strays is not None:
@@ -194,9 +196,9 @@ def _once(
     code = Exit.ERROR if failed else Exit.DONE
     if output is Output.JSON:
         others = [asdict(each) for each in elsewhere]
-        emit_json({**_as_data(sweep, window, dry_run=dry_run), "failed": failed, "elsewhere": others})
+        emit_json({**_as_data(sweep, window, where, dry_run=dry_run), "failed": failed, "elsewhere": others})
         return code
-    _show(sweep, window, dry_run=dry_run)
+    _show(sweep, as_data(sweep.findings, window, where)["digest"], dry_run=dry_run)
     if not sweep.findings:
         say(headline(sweep.quiet, kinds, elsewhere=bool(elsewhere)))
     for line in rest(sweep.findings, sweep.quiet, window, kinds):
@@ -236,15 +238,15 @@ def _window(usual: Window, min_age: str | None, max_age: str | None) -> Window:
     return window
 
 
-def _as_data(sweep: Sweep, window: Window, *, dry_run: bool) -> dict[str, Any]:
-    data = {**as_data(sweep.findings, window), "quiet": sweep.quiet.as_dict()}
+def _as_data(sweep: Sweep, window: Window, where: Site, *, dry_run: bool) -> dict[str, Any]:
+    data = {**as_data(sweep.findings, window, where), "quiet": sweep.quiet.as_dict()}
     if not dry_run:
         data["applied"] = [each.as_dict() for each in sweep.applied]
         data["changed"] = [asdict(each) for each in sweep.changes]
     return data
 
 
-def _show(sweep: Sweep, window: Window, *, dry_run: bool) -> None:
+def _show(sweep: Sweep, digest: str, *, dry_run: bool) -> None:
     for change in sweep.changes:
         say(f"not as planned: {change.kind} {change.id} was {change.planned}, now {change.now}")
     findings = sweep.findings
@@ -264,7 +266,7 @@ def _show(sweep: Sweep, window: Window, *, dry_run: bool) -> None:
     curable = sum(finding.curable for finding in findings)
     if dry_run:
         say(f"{curable} of {len(findings)} can be recovered: run the same command without --dry-run")
-        say(f"with --output json this is a plan for --plan; its digest: {as_data(findings, window)['digest']}")
+        say(f"with --output json this is a plan for --plan; its digest: {digest}")
     else:
         say(f"recovered {len(sweep.applied)} of {len(findings)}")
 
