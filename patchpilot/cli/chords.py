@@ -25,6 +25,7 @@ from patchpilot.clock import SYSTEM
 from patchpilot.durations import ago
 from patchpilot.errors import Transient, Usage
 from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.inventory import Life, OfCallback, inventory, life
 from patchpilot.recovery.lookup import Ambiguous
@@ -53,7 +54,7 @@ def chords(
     if context.invoked_subcommand is not None:
         return
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         found = inventory(database)
     window = Window(settings.recovery.min_age, settings.recovery.max_age)
     with Recovery(site(settings, the_broker(settings, cluster))) as recovery:
@@ -125,7 +126,7 @@ def show(
     `patchpilot recover` would say of this chord, however short the time since its last progress.
     """
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         found = _life(database, chord, settings)
     stuck, unknown = ((), None) if found.over else _diagnosed(settings, cluster, found)
     found = _lost(found, stuck)

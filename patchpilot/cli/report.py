@@ -19,6 +19,7 @@ from patchpilot.cli.console import (
 from patchpilot.errors import Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import Run, entries, find_run, runs
+from patchpilot.postgres.record import Record
 from patchpilot.settings import Settings
 
 
@@ -47,7 +48,7 @@ def report(
     The report is a function of the journal, so it can be made of a run that is still under way, or years later.
     """
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         found = find_run(database, run) if run is not None else _newest(database, settings, cluster)
         data = reports.build(entries(database, found.id), found)
     if write:

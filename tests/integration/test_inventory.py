@@ -243,3 +243,18 @@ def test_names_are_shown_and_not_obeyed(shop: Shop, config: Path) -> None:
     table, _, reasons = patchpilot(*dry, "--config", config).stdout.partition("\n\n")
     assert max(map(len, table.splitlines())) < 250
     assert f" ({long}): 0 of 1 parts returned" in reasons
+
+
+def test_every_command_refuses_a_record_that_is_for_newer_versions(shop: Shop, config: Path) -> None:
+    with Database(shop.dsn) as database:
+        database.execute("INSERT INTO patchpilot.migration VALUES (9999, 'all_anew_needs_9999', 'x')")
+    for command in (
+        ("recover", "--dry-run"), ("recover",), ("recover", "--watch", "5s"), ("recover", "--adopt"), ("chords",),
+        ("chords", "show", "12345678"), ("db", "purge"), ("status",), ("report",),
+        ("stop", "--cluster", "broker", "--reason", "x"),
+    ):  # fmt: skip
+        done = patchpilot(*command, "--config", config)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (Exit.USAGE, "", 1), (command, done.stderr)
+        assert "it needs migration 9999, this patchpilot has " in done.stderr
+        assert done.stderr.endswith(": upgrade patchpilot\n")
+    chord([add.s(1, 1)], total.s()).apply_async()  # workers and producers go on: nobody else would have their messages

@@ -18,7 +18,7 @@ from patchpilot.contrib.django.models import STATES, Chord, ChordPart
 from patchpilot.dsn import mask
 from patchpilot.durations import LONGEST, ago
 from patchpilot.errors import PatchpilotError
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 from patchpilot.recovery import Finding, Recovery, Sweep, Window
 from patchpilot.recovery.inventory import life
 
@@ -112,7 +112,7 @@ class ChordAdmin(Admin):
     @admin.display(description="why")
     def why(self, chord: Chord) -> str:
         """Where it stands: why its callback has run, or has not."""
-        with Database(dsn(), budget=0) as database:
+        with Record(dsn(), budget=0) as database:
             return life(database, chord.group_id, celery_app().conf.accept_content).why
 
     @admin.action(permissions=["recover"], description="Recover what is stuck of the selected chords")
