@@ -1,5 +1,5 @@
-"""Characters that nobody can see, in settings: PostgreSQL and the file system refuse them, but only when a run comes to
-write."""
+"""Characters that nobody can see. In settings, PostgreSQL and the file system refuse them, but only when a run comes to
+write; in what is shown, they move the cursor, end a line or turn its direction round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from collections.abc import Mapping
 
 _UNSEEN: Mapping[str, str] = {"celery.sep": "\x06\x16", "postgres.dsn": "\t\n\r"}
 """Control characters that belong where they are: Celery's own separator, and what is white space to libpq."""
+
+_UNPRINTED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def legible(text: str, keep: str = "") -> str:
+    """``text`` with an escape (``\\x1b``, ``\\u202e``) in place of each character that is not printed, but acted upon.
+
+    :param keep: those that stay, nevertheless.
+    """
+    return text if text.isprintable() else "".join(each if each in keep else _escaped(each) for each in text)
+
+
+def _escaped(each: str) -> str:
+    return each.encode("unicode_escape").decode() if unicodedata.category(each) in _UNPRINTED else each
 
 
 def illegible(value: object, key: str = "") -> str:

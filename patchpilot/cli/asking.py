@@ -17,6 +17,7 @@ from patchpilot.phases.order import Order
 from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import entries, find_run
+from patchpilot.postgres.record import Record
 from patchpilot.settings import Settings
 
 ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; it goes into the report.")]
@@ -127,7 +128,7 @@ class database_of:  # noqa: N801 - reads as a statement where it is used
         self._settings = read_settings(config)
 
     def __enter__(self) -> tuple[Settings, Database]:
-        self._opened = Database(self._settings.postgres_dsn())
+        self._opened = Record(self._settings.postgres_dsn())
         return self._settings, self._opened
 
     def __exit__(self, *_: object) -> None:

@@ -25,8 +25,10 @@ from patchpilot.clock import SYSTEM
 from patchpilot.durations import ago
 from patchpilot.errors import Transient, Usage
 from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.inventory import Life, OfCallback, inventory, life
+from patchpilot.recovery.lookup import Ambiguous
 from patchpilot.recovery.quiet import rest
 from patchpilot.settings import Settings
 
@@ -52,7 +54,7 @@ def chords(
     if context.invoked_subcommand is not None:
         return
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         found = inventory(database)
     window = Window(settings.recovery.min_age, settings.recovery.max_age)
     with Recovery(site(settings, the_broker(settings, cluster))) as recovery:
@@ -108,7 +110,12 @@ def _stuck(of: OfCallback, stuck: tuple[Finding, ...]) -> int:
 
 @app.command()
 def show(
-    chord: Annotated[str, typer.Argument(metavar="ID", help="The chord's group id, or its callback's task id.")],
+    chord: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The chord's group id, or the id of a task of it, or the first 8 characters."
+        ),
+    ],
     config: ConfigOption = None,
     cluster: ClusterOption = None,
     output: OutputOption = Output.TEXT,
@@ -119,8 +126,8 @@ def show(
     `patchpilot recover` would say of this chord, however short the time since its last progress.
     """
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
-        found = life(database, chord, settings.celery.accept_content)
+    with Record(settings.postgres_dsn()) as database:
+        found = _life(database, chord, settings)
     stuck, unknown = ((), None) if found.over else _diagnosed(settings, cluster, found)
     found = _lost(found, stuck)
     if output is Output.JSON:
@@ -128,6 +135,8 @@ def show(
         data["moments"] = [{"at": it.at.isoformat(), "what": it.what} for it in found.moments]
         emit_json({**data, "stuck": [finding.as_dict() for finding in stuck], "unknown": unknown})
         return
+    if found.asked_for == "header-task":
+        emit(f"{chord} is a task of the header of this chord:")
     emit(f"chord {found.group_id}  {found.state}  {found.returned}/{found.total} parts")
     emit(f"callback {found.callback}[{found.callback_id}]")
     emit(f"{found.why}")
@@ -138,6 +147,15 @@ def show(
     emit("")
     for moment in found.moments:
         emit(f"{moment.at:%Y-%m-%d %H:%M:%S.%f}"[:-3] + f"  {moment.what}")
+
+
+def _life(database: Database, chord: str, settings: Settings) -> Life:
+    try:
+        return life(database, chord, settings.celery.accept_content)
+    except Ambiguous as error:
+        for candidate in error.candidates:
+            say(candidate)
+        raise
 
 
 def _diagnosed(settings: Settings, cluster: str | None, it: Life) -> tuple[tuple[Finding, ...], str | None]:

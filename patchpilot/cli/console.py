@@ -12,13 +12,14 @@ from contextvars import ContextVar
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from patchpilot.dsn import masked
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
+from patchpilot.legible import legible
 from patchpilot.settings import Settings, load
 
 
@@ -41,19 +42,31 @@ ClusterOption = Annotated[
 ]
 
 
+WIDEST = 64
+"""How many characters of a cell a table shows."""
+
+_WHOLE = {"ID", "CHORD", "RUN", "SERVER"}
+"""Columns of what a person copies."""
+
+
 def say(line: str) -> None:
     """A message for a person."""
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is where printing happens
+    _print(legible(line), sys.stderr)
 
 
-def emit(text: str) -> None:
-    """Data."""
-    print(text, flush=True)  # noqa: T201 - this is where printing happens
+def emit(line: str) -> None:
+    """Data, one line, whatever is in it."""
+    _print(legible(line), sys.stdout)
+
+
+def emit_page(text: str) -> None:
+    """Data of several lines."""
+    _print(legible(text, keep="\n\t"), sys.stdout)
 
 
 def emit_json(data: Any) -> None:
     """Data for a script."""
-    emit(json.dumps(masked(data), indent=2, default=str))
+    emit_page(json.dumps(masked(data), indent=2, default=str))
 
 
 def emit_line(data: Any) -> None:
@@ -62,11 +75,27 @@ def emit_line(data: Any) -> None:
 
 
 def emit_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Data for a person, in columns as wide as they need to be."""
-    table = [list(header), *([str(cell) for cell in row] for row in rows)]
+    """Data for a person, in columns as wide as they need to be, or as is sensible. The last one takes what it needs."""
+    free = {len(header) - 1, *(column for column, name in enumerate(header) if name in _WHOLE)}
+    told = [[legible(str(cell)) for cell in row] for row in rows]
+    cut = [[cell if column in free else shortened(cell) for column, cell in enumerate(row)] for row in told]
+    table = [list(header), *cut]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     for row in table:
         emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def shortened(cell: str) -> str:
+    """``cell`` as a table shows it: of a long one, both ends."""
+    half = (WIDEST - 3) // 2
+    return cell if len(cell) <= WIDEST else f"{cell[:half]}...{cell[-half:]}"
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print ``text``, with an escape for what the stream's encoding does not have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    encodable = text.encode(encoding, "backslashreplace").decode(encoding)
+    print(encodable, file=stream, flush=True)
 
 
 _change: ContextVar[Callable[[Settings], Settings]] = ContextVar("patchpilot_change", default=lambda settings: settings)

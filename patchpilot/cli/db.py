@@ -12,6 +12,7 @@ from patchpilot.cli.console import ConfigOption, Output, OutputOption, duration,
 from patchpilot.errors import Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.migrate import migrate as apply_migrations
+from patchpilot.postgres.record import Record
 
 SHORTEST = timedelta(seconds=1)
 
@@ -66,7 +67,7 @@ def purge(
     keep = duration(retention, settings.purge.retention, "--retention")
     if keep < SHORTEST:
         raise Usage("--retention: must be 1s at least: what has just ended may come back from the broker")
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         removed = remove(database, keep)
     if output is Output.JSON:
         emit_json({"removed": removed})

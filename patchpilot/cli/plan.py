@@ -13,7 +13,7 @@ from patchpilot.durations import ago
 from patchpilot.phases.notes import clock_time, moment
 from patchpilot.phases.proposal import digest, propose
 from patchpilot.postgres import requests
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 
 
 @ordering
@@ -26,7 +26,7 @@ def plan(command: Command, grace: GraceOption = None) -> None:
     """
     command = command.with_grace(grace)
     order, settings, cluster = command.order, command.settings, command.cluster
-    with Database(settings.postgres_dsn()) as database, Outfit.of(command, database) as outfit:
+    with Record(settings.postgres_dsn()) as database, Outfit.of(command, database) as outfit:
         content = propose(outfit.look(order, "plan"), SYSTEM.now())
         key = digest(content)
         requests.keep_plan(database, settings.environment, cluster, key, content)

@@ -13,7 +13,7 @@ from patchpilot.errors import NothingToDo, PatchpilotError
 from patchpilot.phases.checks import Check, Situation, Verdict, blocking, judge
 from patchpilot.phases.notes import noted
 from patchpilot.phases.p1_preflight import PATIENCE, read, refusal
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 
 
 @ordering
@@ -25,7 +25,7 @@ def preflight(command: Command) -> None:
     blocks a broker unless it is waived by name, with a reason.
     """
     order, output = command.order, command.output
-    with Database(command.settings.postgres_dsn()) as database, Outfit.of(command, database) as outfit:
+    with Record(command.settings.postgres_dsn()) as database, Outfit.of(command, database) as outfit:
         desk = outfit.look(order, "preflight")
         now = SYSTEM.now()
         try:

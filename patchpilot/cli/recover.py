@@ -22,6 +22,7 @@ from patchpilot.cli.console import (
     emit_table,
     read_settings,
     say,
+    shortened,
     the_broker,
 )
 from patchpilot.cli.watch import Orders, go_on
@@ -30,7 +31,7 @@ from patchpilot.errors import Exit, PatchpilotError, Usage
 from patchpilot.recovery import Finding, Recovery, Site, Sweep, Window
 from patchpilot.recovery.findings import KINDS, Kind
 from patchpilot.recovery.inventory import Elsewhere
-from patchpilot.recovery.plan import Plan, as_data
+from patchpilot.recovery.plan import Plan, as_data, hold_to
 from patchpilot.recovery.plan import read as read_plan
 from patchpilot.recovery.quiet import headline, many, rest
 from patchpilot.settings import Settings
@@ -149,6 +150,8 @@ def recover(
     usual = Window(settings.recovery.min_age, settings.recovery.max_age) if agreed is None else agreed.window
     window, kinds = _window(usual, min_age, max_age), _kinds(only)
     where = site(settings, the_broker(settings, cluster))
+    if agreed is not None:
+        hold_to(agreed, where)
     if adopt:
         housekeeping.adopt(where, output, dry_run=dry_run)
     elif strays is not None:
@@ -194,9 +197,9 @@ def _once(
     code = Exit.ERROR if failed else Exit.DONE
     if output is Output.JSON:
         others = [asdict(each) for each in elsewhere]
-        emit_json({**_as_data(sweep, window, dry_run=dry_run), "failed": failed, "elsewhere": others})
+        emit_json({**_as_data(sweep, window, where, dry_run=dry_run), "failed": failed, "elsewhere": others})
         return code
-    _show(sweep, window, dry_run=dry_run)
+    _show(sweep, as_data(sweep.findings, window, where)["digest"], dry_run=dry_run)
     if not sweep.findings:
         say(headline(sweep.quiet, kinds, elsewhere=bool(elsewhere)))
     for line in rest(sweep.findings, sweep.quiet, window, kinds):
@@ -236,15 +239,15 @@ def _window(usual: Window, min_age: str | None, max_age: str | None) -> Window:
     return window
 
 
-def _as_data(sweep: Sweep, window: Window, *, dry_run: bool) -> dict[str, Any]:
-    data = {**as_data(sweep.findings, window), "quiet": sweep.quiet.as_dict()}
+def _as_data(sweep: Sweep, window: Window, where: Site, *, dry_run: bool) -> dict[str, Any]:
+    data = {**as_data(sweep.findings, window, where), "quiet": sweep.quiet.as_dict()}
     if not dry_run:
         data["applied"] = [each.as_dict() for each in sweep.applied]
         data["changed"] = [asdict(each) for each in sweep.changes]
     return data
 
 
-def _show(sweep: Sweep, window: Window, *, dry_run: bool) -> None:
+def _show(sweep: Sweep, digest: str, *, dry_run: bool) -> None:
     for change in sweep.changes:
         say(f"not as planned: {change.kind} {change.id} was {change.planned}, now {change.now}")
     findings = sweep.findings
@@ -260,13 +263,18 @@ def _show(sweep: Sweep, window: Window, *, dry_run: bool) -> None:
     )
     emit("")
     for finding in findings:
-        emit(f"{finding.id}: {finding.reason}")
+        emit(f"{finding.id}{_in_full(finding.callback)}: {finding.reason}")
     curable = sum(finding.curable for finding in findings)
     if dry_run:
         say(f"{curable} of {len(findings)} can be recovered: run the same command without --dry-run")
-        say(f"with --output json this is a plan for --plan; its digest: {as_data(findings, window)['digest']}")
+        say(f"with --output json this is a plan for --plan; its digest: {digest}")
     else:
         say(f"recovered {len(sweep.applied)} of {len(findings)}")
+
+
+def _in_full(callback: str | None) -> str:
+    """The callback, if the table does not show all of it."""
+    return "" if callback is None or shortened(callback) == callback else f" ({callback})"
 
 
 def _parts(finding: Finding) -> str:

@@ -11,14 +11,15 @@ from patchpilot import report as reports
 from patchpilot.cli.console import (
     ClusterOption,
     ConfigOption,
-    emit,
     emit_json,
+    emit_page,
     read_settings,
     say,
 )
 from patchpilot.errors import Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import Run, entries, find_run, runs
+from patchpilot.postgres.record import Record
 from patchpilot.settings import Settings
 
 
@@ -47,7 +48,7 @@ def report(
     The report is a function of the journal, so it can be made of a run that is still under way, or years later.
     """
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         found = find_run(database, run) if run is not None else _newest(database, settings, cluster)
         data = reports.build(entries(database, found.id), found)
     if write:
@@ -57,9 +58,9 @@ def report(
         case Format.JSON:
             emit_json(data)
         case Format.HTML:
-            emit(reports.html(data).rstrip())
+            emit_page(reports.html(data).rstrip())
         case Format.TEXT:
-            emit(reports.markdown(data))
+            emit_page(reports.markdown(data))
 
 
 def _newest(database: Database, settings: Settings, cluster: str | None) -> Run:

@@ -27,6 +27,7 @@ from patchpilot.postgres import journal as journals
 from patchpilot.postgres import requests
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import RunJournal
+from patchpilot.postgres.record import Record
 from patchpilot.settings import Settings
 
 Asked = Mapping[str, str | None]
@@ -67,7 +68,7 @@ def run(
     settings, cluster = command.with_grace(grace).settings, command.cluster
     _ = command.order
     with (
-        Database(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database,
+        Record(settings.postgres_dsn(), budget=POSTGRES_BUDGET) as database,
         stop_signals("stopping at the next checkpoint; the same command goes on from there") as stop,
     ):
         planned = {} if plan is None else _planned(database, settings.environment, cluster, plan)

@@ -21,6 +21,7 @@ from patchpilot.engine.journal import RunRecord, State
 from patchpilot.engine.requests import Request, approval
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.journal import Run, entries, find_run, runs
+from patchpilot.postgres.record import Record
 from patchpilot.postgres.requests import requests
 
 
@@ -36,7 +37,7 @@ def status(
     "contradicted" runs without a holder go on with the same `patchpilot run` command that began them.
     """
     settings = read_settings(config)
-    with Database(settings.postgres_dsn()) as database:
+    with Record(settings.postgres_dsn()) as database:
         if run is not None:
             _show_run(database, find_run(database, run), output)
             return

@@ -8,7 +8,7 @@ from typing import Self
 
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 from patchpilot.recovery.adopt import Adoption, Verdict, judge
 from patchpilot.recovery.hands import Hands, ask, hint
 from patchpilot.recovery.mentions import mentioned
@@ -36,7 +36,7 @@ class Housekeeping:
         self._site = site
         self._clock = clock
         self._stale = site.dead_after if stale is None else stale
-        self._database = Database(site.dsn, clock=clock)
+        self._database = Record(site.dsn, clock=clock)
         self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
         self._servers = servers(site)
         self._app = application(site)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from patchpilot.errors import Usage
 from patchpilot.postgres.connection import Database, Row
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.standing import over, task_ids, under_way
+from patchpilot.recovery.lookup import Asked, which
+from patchpilot.recovery.standing import has_errbacks, of_part, over, place, task_ids, under_way
 
 SQL = queries("inventory")
 
@@ -77,6 +77,8 @@ class Life:
     """Nothing of it is still to come: neither parts nor its callback."""
     callback_ids: tuple[str, ...] = ()
     """The tasks that its callback consists of."""
+    asked_for: Asked = "chord"
+    """What the id is that it was found by, or begins with what was given."""
 
 
 def inventory(database: Database) -> tuple[OfCallback, ...]:
@@ -111,15 +113,14 @@ def elsewhere(database: Database, names: Collection[str]) -> tuple[Elsewhere, ..
 
 
 def life(database: Database, chord: str, accept: Iterable[str] = ("json",)) -> Life:
-    """The life of the chord with this group id, or whose callback has this task id.
+    """The life of the chord with this group id, or that a task with this id belongs to.
 
+    :param chord: its id, or the first characters of one.
     :param accept: the serialisers that may be decoded, to know the tasks that its callback consists of.
     :raises Usage: if there is none on record.
+    :raises Ambiguous: if several ids begin so.
     """
-    found = database.fetch(SQL["chord"], {"id": chord})
-    if not found:
-        raise Usage(f"no chord {chord!r} is on record: it was purged, or sent by a producer without this backend")
-    row = found[0]
+    row, asked_for = which(database, chord)
     parts = database.fetch(SQL["parts"], row)
     ids = task_ids(row, accept)
     asked = {**row, "callback_ids": list(ids)}
@@ -147,10 +148,13 @@ def life(database: Database, chord: str, accept: Iterable[str] = ("json",)) -> L
         state=row["state"],
         returned=returned,
         total=len(parts),
-        why=_why_failed(parts, messages) if failed else standing or ending or _why_open(row, parts),
+        why=_why_failed(parts, messages, has_errbacks(row, accept))
+        if failed
+        else standing or ending or _why_open(row, parts),
         moments=tuple(sorted(moments, key=lambda moment: moment.at)),
         over=row["state"] in ("dispatched", "failed") and not messages and not inside,
         callback_ids=ids,
+        asked_for=asked_for,
     )
 
 
@@ -176,7 +180,7 @@ def _of_callback(messages: list[Row], starts: list[Row], results: list[Row]) -> 
     goes_on = {it["task_id"] for it in messages}
     for it in messages:
         again = f", {it['resends']} time(s) again" if it["resends"] else ""
-        yield Moment(it["sent_at"], f"callback {it['task_name']}[{it['task_id']}] sent to {it['queue']}{again}")
+        yield Moment(it["sent_at"], f"callback {it['task_name']}[{it['task_id']}] sent to {place(it)}{again}")
     for it in starts:
         times = f" (start number {it['starts']})" if it["starts"] > 1 else ""
         yield Moment(it["started_at"], f"callback {it['task_id']} began{times}")
@@ -192,15 +196,15 @@ def _remedy(row: Row) -> str:
     return f"recovered{by}: {row['remedy']} ({row['diagnosis']})"
 
 
-def _why_failed(parts: list[Row], messages: list[Row]) -> str:
+def _why_failed(parts: list[Row], messages: list[Row], errbacks: bool | None) -> str:
     failed = sum(part["state"] not in (None, "SUCCESS") for part in parts)
     why = f"{failed} of {len(parts)} parts failed" if failed else "its callback could not be sent"
-    if not messages:
-        return f"{why}, so its errbacks ran instead"
-    first = messages[0]
-    return (
-        f"{why}, so its errbacks run instead: {first['task_name']} was sent to queue {first['queue']} and is not over"
-    )
+    if messages:
+        first = messages[0]
+        return f"{why}, so its errbacks run instead: {first['task_name']} was sent to {place(first)} and is not over"
+    if errbacks is None:
+        return f"{why}, so its errbacks, if it has any, ran instead"
+    return f"{why}, so its errbacks ran instead" if errbacks else f"{why}; it has no errbacks, so nothing ran instead"
 
 
 def _why_open(row: Row, parts: list[Row]) -> str:
@@ -212,7 +216,10 @@ def _why_open(row: Row, parts: list[Row]) -> str:
         (row["generating"], lambda: "its producer's generator has not come to its end"),
         (
             bool(pending),
-            lambda: f"{len(pending)} of {len(parts)} header tasks have not returned, first {pending[0]['task_id']}",
+            lambda: (
+                f"{len(pending)} of {len(parts)} header tasks have not returned, first {pending[0]['task_id']}"
+                + of_part(pending[0])
+            ),
         ),
         (row["unrecoverable"] is not None, lambda: f"its callback could not be stored: {row['unrecoverable']}"),
         (row["state"] == "claimed" and not row["claim_over"], lambda: "a process is dispatching its callback"),

@@ -20,15 +20,34 @@ def task_ids(callback: Row, accept: Iterable[str] = ("json",)) -> tuple[str, ...
     :param callback: its id, and how it is stored.
     :param accept: the serialisers that may be decoded.
     """
-    own = str(callback["callback_id"])
+    return tuple(dict.fromkeys(_leaves(_signature(callback, accept)))) or (str(callback["callback_id"]),)
+
+
+def has_errbacks(callback: Row, accept: Iterable[str] = ("json",)) -> bool | None:
+    """Whether a callback, or any task in it, has errbacks; None if it cannot be decoded, or may not be."""
+    signature = _signature(callback, accept)
+    return None if signature is None else _has_errbacks(signature)
+
+
+def _signature(callback: Row, accept: Iterable[str]) -> Any:
+    """What is stored, decoded; None if it cannot be."""
     if callback["callback"] is None:
-        return (own,)
+        return None
     kind, encoding = callback["callback_type"], callback["callback_encoding"]
     try:
-        signature = loads(callback["callback"], kind, encoding, accept=prepare_accept_content(accept))
-        return tuple(dict.fromkeys(_leaves(signature))) or (own,)
+        return loads(callback["callback"], kind, encoding, accept=prepare_accept_content(accept))
     except Exception:  # noqa: BLE001 - a serialiser raises what it likes
-        return (own,)
+        return None
+
+
+def _has_errbacks(signature: Any) -> bool:
+    if isinstance(signature, list | tuple):
+        return any(map(_has_errbacks, signature))
+    if not isinstance(signature, Mapping):
+        return False
+    inside = signature.get("kwargs") or {}
+    below = [inside.get(name) for name in ("tasks", "header", "body")] if signature.get("subtask_type") else []
+    return bool((signature.get("options") or {}).get("link_error")) or _has_errbacks(below)
 
 
 def _leaves(signature: Any) -> Iterator[str]:
@@ -46,6 +65,23 @@ def _leaves(signature: Any) -> Iterator[str]:
         yield from _leaves(inside.get("body"))
     elif task_id := (signature.get("options") or {}).get("task_id"):
         yield str(task_id)
+
+
+def place(message: Row) -> str:
+    """Where a message was sent to."""
+    if message["queue"]:
+        return f"queue {message['queue']}"
+    return f"exchange {message['exchange']!r} with routing key {message['routing_key']!r}"
+
+
+def of_part(row: Row) -> str:
+    """Where a part that has not returned stands; empty if nothing is on record."""
+    if row["inside"] is not None:
+        inner = row["inside"]
+        return f", the callback of the chord {inner}, which is open: `patchpilot chords show {inner}` says why"
+    if row["sent_at"] is not None:
+        return f", whose message was sent to {place(row)} at {row['sent_at']:%Y-%m-%d %H:%M:%S} and is not over"
+    return ""
 
 
 def under_way(ids: Sequence[str], messages: Sequence[Row], starts: Sequence[Row], results: Sequence[Row]) -> str | None:
@@ -99,8 +135,8 @@ def _of(message: Row, starts: Sequence[Row], results: Sequence[Row]) -> tuple[in
     if start is None and state == "STARTED":
         return 3, f"{what} runs, as its worker said"
     if state == "RETRY" or not message["attempt"].startswith("0/"):
-        return 2, f"{what} waits for a retry, in queue {message['queue']}"
-    return 1, f"{what} was sent to queue {message['queue']} and has not begun"
+        return 2, f"{what} waits for a retry, in {place(message)}"
+    return 1, f"{what} was sent to {place(message)} and has not begun"
 
 
 def _ended(ids: Sequence[str], messages: Sequence[Row], starts: Sequence[Row], results: Sequence[Row]) -> set[str]:

@@ -13,8 +13,9 @@ from celery import Celery
 
 from patchpilot.clock import SYSTEM, Clock
 from patchpilot.errors import NeedsOperator, PatchpilotError, Transient
-from patchpilot.postgres.connection import Database, Row
+from patchpilot.postgres.connection import Row
 from patchpilot.postgres.queries import queries
+from patchpilot.postgres.record import Record
 from patchpilot.recovery.diagnose import diagnose, quiet
 from patchpilot.recovery.evidence import Collector, Evidence, Message, Where
 from patchpilot.recovery.findings import KINDS, Applied, Finding, Kind, Window
@@ -72,7 +73,7 @@ class Recovery:
         complain: Callable[[Finding, PatchpilotError], None] = lambda _finding, _error: None,
     ) -> None:
         self._site = site
-        self._database = Database(site.dsn, clock=clock)
+        self._database = Record(site.dsn, clock=clock)
         self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
         self._servers = servers(site)
         self._apps: dict[str, Celery] = {}

@@ -255,6 +255,11 @@ def test_a_dry_run_is_a_plan(shop: Shop) -> None:
         assert (again["applied"], len(again["changed"])) == ([], 3)
         text = patchpilot("recover", "--min-age", "0s", "--config", path, "--plan", file)
         assert "not as planned" in text.stderr
+        (shop.directory / "other").mkdir()
+        other = config(shop.directory / "other", shop.dsn, f"{shop.broker.rpartition('/')[0]}/7")
+        done = patchpilot("recover", "--config", other, "--plan", file)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (Exit.USAGE, 1, "")
+        assert "it was made for the broker localhost:" in done.stderr
         for wrong, words in (
             (planned.replace("republish", "none"), "not as it was printed"),
             ("{}", "is no plan"),

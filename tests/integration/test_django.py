@@ -96,6 +96,32 @@ def test_the_dsn_is_that_of_databases(project: Project) -> None:
     assert "isolation_level" not in parts
 
 
+def test_the_dsn_leads_to_where_django_itself_connects_to(project: Project) -> None:
+    script = """
+import django, json, psycopg
+django.setup()
+from django.db import connection
+import patchpilot.contrib.django as ours
+asked = "SELECT current_database(), current_setting('application_name'), current_user"
+with connection.cursor() as cursor, psycopg.connect(ours.dsn()) as other:
+    print(json.dumps([cursor.execute(asked).fetchone(), other.execute(asked).fetchone()]))
+"""
+    given = json.loads(project.environment["PROJ_DATABASES"])["default"]
+    user = {"user": "nobody", "application_name": "orders", "dbname": given["NAME"]}
+    for changed, database in (
+        ({"NAME": "postgres", "OPTIONS": user}, given["NAME"]),
+        ({"NAME": None}, "postgres"),
+        ({"NAME": None, "OPTIONS": {**user, "service": "none", "pool": False}}, given["NAME"]),
+    ):
+        done = project.run("-c", script, DATABASES={"default": {**given, **changed}})
+        assert done.returncode == 0, done.stderr
+        theirs, ours = json.loads(done.stdout)
+        assert ours == theirs
+        assert ours[0] == database
+    nowhere = project.manage("check", DATABASES={"default": {**given, "NAME": "", "OPTIONS": {}}})
+    assert ("patchpilot.E002" in nowhere.stderr, "Traceback" in nowhere.stderr) == (True, False), nowhere.stderr
+
+
 def test_the_command_says_what_it_would_do_and_does_it_once(project: Project, lost: list[str]) -> None:
     dry = project.manage("recover_stuck_chords", "--dry-run")
     assert dry.returncode == 0, dry.stderr
@@ -182,6 +208,40 @@ def test_the_admin_shows_chords_and_recovers_the_chosen_ones(project: Project, l
         ] == [first]
         sent = {it["group_id"] for it in database.fetch("SELECT group_id FROM patchpilot.outbox WHERE resends > 0")}
         assert sent == {first}
+
+
+def test_what_is_no_state_is_no_error_of_the_server(project: Project, lost: list[str]) -> None:
+    bogus, lookup, good = admin(
+        project, "root", "", "get('?state=bogus')", "get('?state__exact=bogus')", "get('?state=open')"
+    )
+    assert (bogus[0], lookup[0]) == (302, 400)  # Django's own answers to what cannot be looked up
+    assert rows(good[1]) == set(lost)
+
+
+def test_the_admin_says_what_became_of_each_chord_also_if_somebody_else_was_first(
+    project: Project, lost: list[str]
+) -> None:
+    first, second, third = lost
+    with Database(dsn_of(project)) as database:
+        database.execute("UPDATE patchpilot.outbox SET sent_at = now() WHERE group_id = %s", (third,))
+    meanwhile = f"""
+from patchpilot.recovery import Recovery
+apply = Recovery._try
+def late(self, *args, **options):
+    Recovery._try = apply
+    others.append(post('', action='recover', _selected_action={[second]!r}))
+    return apply(self, *args, **options)
+others, Recovery._try = [], late
+"""
+    script = f"{ADMIN}\n{meanwhile}\nanswer = post('', action='recover', _selected_action={lost!r})\n"
+    answer, other = project.script(f"{script}print(json.dumps([answer, *others]))", "root", "")
+    assert [said[:57] for said in messages(other[1])] == [f"Chord {second} recovered by r"]
+    found, moved, well = messages(answer[1])
+    assert found.startswith(f"Chord {first} recovered by republish")
+    assert moved.startswith(
+        f"Chord {second} was stuck (header-message-lost), and was not recovered here: somebody else"
+    )
+    assert well.startswith(f"1 of 3: nothing is stuck of {third}, or it made progress in the last 5m")
 
 
 def test_recovering_is_a_permission_of_its_own(project: Project, lost: list[str]) -> None:

@@ -11,7 +11,7 @@ import redis
 from celery import chain, chord, group
 
 from patchpilot.backend.message import Part
-from patchpilot.errors import Exit
+from patchpilot.errors import Exit, Usage
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -158,12 +158,103 @@ def test_the_life_of_a_chord_says_why_its_callback_has_not_run(shop: Shop, confi
 
 
 def test_the_life_of_a_failed_chord_and_of_one_that_nobody_dispatched(shop: Shop) -> None:
-    failed = chord([add.s(1, 1), boom.s()], total.s()).apply_async()
-    shop.worker()
+    failed = chord([add.s(1, 1), boom.s()], total.s().on_error(wail.s())).apply_async()
+    alone = chord([boom.s()], total.s()).apply_async()
+    shop.worker("-I", "tests.support.extras")
     failed.get(timeout=30, propagate=False)
     stranded = chord([add.s(3, 1).set(queue="nobody")], total.s()).apply_async()
     app.backend.chords.return_part(Part(stranded.parent.id, stranded.parent.results[0].id, 0), "SUCCESS", 4)
     with Database(shop.dsn) as database:
         said = "1 of 2 parts failed, so its errbacks ran instead"
         until(lambda: life(database, failed.id).why == said, seconds=30, what="the chord had failed")
+        said = "1 of 1 parts failed; it has no errbacks, so nothing ran instead"
+        until(lambda: life(database, alone.id).why == said, seconds=30, what="the other had failed")
         assert "`patchpilot recover` does" in life(database, stranded.id).why
+
+
+def test_a_chord_is_found_by_the_tasks_of_its_header_and_by_a_part_of_an_id(shop: Shop, config: Path) -> None:
+    result = chord([add.s(1, 1), chain(add.s(2, 2), add.s(1))], total.s()).apply_async()
+    parts = [each.id for each in result.parent.results]
+    with Database(shop.dsn) as database:
+        sent = database.fetch("SELECT task_id FROM patchpilot.outbox")
+        for asked, what in (
+            *((task_id, "header-task") for task_id in {*parts, *(row["task_id"] for row in sent)}),
+            (parts[0][:8], "header-task"),
+            (result.id, "callback-task"),
+            (result.id[:8], "callback-task"),
+            (result.parent.id, "chord"),
+            (result.parent.id[:8], "chord"),
+        ):
+            found = life(database, asked)
+            assert (found.group_id, found.asked_for) == (result.parent.id, what)
+        with pytest.raises(Usage, match="8 characters are needed"):
+            life(database, parts[0][:7])
+        with pytest.raises(Usage, match="and no task of one"):
+            life(database, "%" * 8)
+    text = patchpilot("chords", "show", parts[0], "--config", config).stdout
+    assert text.startswith(f"{parts[0]} is a task of the header of this chord:\nchord {result.parent.id}  open")
+
+
+def test_several_chords_that_an_id_may_mean_are_told_line_by_line(shop: Shop, config: Path) -> None:
+    sent = [chord([add.s(1, 1).set(task_id=f"alike000-{n}")], total.s()).apply_async().parent.id for n in range(12)]
+    done = patchpilot("chords", "show", "alike000", "--config", config)
+    assert (done.returncode, done.stdout) == (Exit.USAGE, "")
+    *candidates, last = done.stderr.splitlines()
+    assert [line.split()[0] for line in candidates] == sent[:1:-1]
+    assert all(f"(header task alike000-{n})" in line for n, line in zip(range(11, 1, -1), candidates, strict=True))
+    assert last == ("patchpilot: 'alike000' may be 12 chords, of which the last 10 are told: give more of the id")
+
+
+def test_a_part_that_is_waited_for_is_said_to_be_in_its_queue_or_a_chord_of_its_own(shop: Shop) -> None:
+    inner = chord([add.s(1, 1).set(queue="nobody")], total.s())
+    outer = chord([inner, add.s(2, 2)], total.s()).apply_async()
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT group_id FROM patchpilot.chord WHERE callback_id <> %s", (outer.id,))
+        assert life(database, outer.parent.id).why == (
+            f"2 of 2 header tasks have not returned, first {outer.parent.results[0].id}, the callback of the chord "
+            f"{row['group_id']}, which is open: `patchpilot chords show {row['group_id']}` says why"
+        )
+        [sent] = database.fetch("SELECT task_id, sent_at FROM patchpilot.outbox WHERE queue = 'nobody'")
+        why = (
+            f"1 of 1 header tasks have not returned, first {sent['task_id']}, whose message was sent to %s "
+            f"at {sent['sent_at']:%Y-%m-%d %H:%M:%S} and is not over"
+        )
+        assert life(database, row["group_id"]).why == why % "queue nobody"
+        database.execute("UPDATE patchpilot.outbox SET queue = NULL, exchange = 'x', routing_key = 'y'")
+        assert life(database, row["group_id"]).why == why % "exchange 'x' with routing key 'y'"
+
+
+def test_names_are_shown_and_not_obeyed(shop: Shop, config: Path) -> None:
+    """Nor do they widen a table without end, or stop a command where the terminal cannot show them."""
+    long = "n" * 3000
+    for name in ("evil\x1b[2J\r\nINJECTED\u202e 任务", long):
+        chord([add.s(1, 1)], app.signature(name)).apply_async()
+    with redis.Redis.from_url(shop.broker) as broker:
+        broker.delete("celery")
+    dry = ("recover", "--dry-run", "--min-age", "0s")
+    found = json.loads(patchpilot(*dry, "--output", "json", "--config", config).stdout)["findings"]
+    assert {it["callback"] for it in found} == {"evil\x1b[2J\r\nINJECTED\u202e 任务", long}
+    for arguments in (dry, ("chords",), *(("chords", "show", it["id"]) for it in found)):
+        done = patchpilot(*arguments, "--config", config, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+        assert "\n" in done.stdout
+        assert "INJECTED" not in [line[:8] for line in done.stdout.splitlines()]
+        assert done.stdout.replace("\n", "").isprintable()
+    table, _, reasons = patchpilot(*dry, "--config", config).stdout.partition("\n\n")
+    assert max(map(len, table.splitlines())) < 250
+    assert f" ({long}): 0 of 1 parts returned" in reasons
+
+
+def test_every_command_refuses_a_record_that_is_for_newer_versions(shop: Shop, config: Path) -> None:
+    with Database(shop.dsn) as database:
+        database.execute("INSERT INTO patchpilot.migration VALUES (9999, 'all_anew_needs_9999', 'x')")
+    for command in (
+        ("recover", "--dry-run"), ("recover",), ("recover", "--watch", "5s"), ("recover", "--adopt"), ("chords",),
+        ("chords", "show", "12345678"), ("db", "purge"), ("status",), ("report",),
+        ("stop", "--cluster", "broker", "--reason", "x"),
+    ):  # fmt: skip
+        done = patchpilot(*command, "--config", config)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (Exit.USAGE, "", 1), (command, done.stderr)
+        assert "it needs migration 9999, this patchpilot has " in done.stderr
+        assert done.stderr.endswith(": upgrade patchpilot\n")
+    chord([add.s(1, 1)], total.s()).apply_async()  # workers and producers go on: nobody else would have their messages

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 
 import psycopg
 import pytest
 
 from patchpilot.clock import FakeClock
-from patchpilot.errors import Corrupt, NeedsOperator, Transient
+from patchpilot.errors import Corrupt, NeedsOperator, Transient, Usage
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.migrate import _LOCK, migrate, migrations
+from patchpilot.postgres.record import Record, check
 
 
 def test_twice_is_once(dsn: str) -> None:
@@ -86,7 +88,31 @@ def test_a_newer_schema_is_refused(dsn: str) -> None:
             migrate(database)
 
 
+def test_a_newer_schema_is_used_unless_it_says_that_it_needs_a_newer_version(dsn: str) -> None:
+    newest = migrations()[-1].number
+    with Database(dsn) as database:
+        migrate(database)
+        for number, name, good in (
+            (9997, "future", True),
+            (9998, f"future_needs_{newest:04}", True),
+            (9999, f"future_needs_{newest + 1:04}", False),
+        ):
+            add = "INSERT INTO patchpilot.migration (number, name, checksum) VALUES (%s, %s, 'x')"
+            database.execute(add, [number, name])
+            with Record(dsn) as record, nullcontext() if good else pytest.raises(Usage, match="upgrade patchpilot"):
+                assert record.fetch("SELECT 1 AS one") == [{"one": 1}]
+        assert database.fetch("SELECT 1 AS one") == [{"one": 1}]  # as workers do
+
+
+def test_the_names_of_migrations_say_what_they_need_correctly() -> None:
+    for migration in migrations():
+        check([migration.name], migration.number)
+        assert "_needs" not in migration.name.split("_needs_0")[0]
+
+
 def test_missing_tables_say_what_to_do(dsn: str) -> None:
+    with Record(dsn) as record, pytest.raises(NeedsOperator, match="patchpilot db migrate"):
+        record.fetch("SELECT 1")
     with Database(dsn) as database, pytest.raises(NeedsOperator, match="patchpilot db migrate"):
         database.fetch("SELECT * FROM patchpilot.chord")
 

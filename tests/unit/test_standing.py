@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from patchpilot.recovery.standing import over, task_ids, under_way
+from patchpilot.recovery.standing import has_errbacks, over, task_ids, under_way
 
 
 def leaf(task_id: str) -> dict[str, Any]:
@@ -88,3 +88,16 @@ def test_what_was_revoked_has_not_run() -> None:
     assert over(("a",), [start("a")], [result("a", "REVOKED")]) == "its callback began and was revoked"
     assert over(("a",), [start("a", finished=True)], [result("a", "RETRY")]) is None
     assert over(("a",), [], []) is None
+
+
+def test_an_errback_is_found_wherever_in_the_callback_it_is() -> None:
+    mourned = {**leaf("a"), "options": {"task_id": "a", "link_error": [leaf("e")]}}
+    named = {**leaf("a"), "kwargs": {"tasks": [mourned]}}  # its own argument, and no canvas
+    for signature, said in (
+        (leaf("a"), False), (mourned, True), (NESTED, False), (named, False),
+        (canvas("group", tasks=[leaf("b"), mourned]), True),
+        (canvas("chord", header=canvas("group", tasks=[leaf("b")]), body=mourned), True),
+    ):  # fmt: skip
+        assert has_errbacks(stored(json.dumps(signature).encode())) is said
+    assert has_errbacks(stored(b"[")) is None
+    assert has_errbacks(stored(None, None)) is None

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
+from django.contrib.admin.options import IncorrectLookupParameters
 from django.core.exceptions import ImproperlyConfigured
 from django.db.models import Count, IntegerField, OuterRef, QuerySet, Subquery
 from django.http import HttpRequest
 
 from patchpilot.clock import SYSTEM
 from patchpilot.contrib.django.conf import alias, celery_app, dsn, site
-from patchpilot.contrib.django.models import Chord, ChordPart
+from patchpilot.contrib.django.models import STATES, Chord, ChordPart
 from patchpilot.dsn import mask
 from patchpilot.durations import LONGEST, ago
 from patchpilot.errors import PatchpilotError
-from patchpilot.postgres.connection import Database
+from patchpilot.postgres.record import Record
 from patchpilot.recovery import Finding, Recovery, Sweep, Window
 from patchpilot.recovery.inventory import life
 
 OPEN = ("open", "claimed")
+
+NAMED = 50
+"""How many chords in which nothing is stuck are named: all that one page shows."""
 
 if TYPE_CHECKING:
     Admin = admin.ModelAdmin[Chord]
@@ -48,6 +52,8 @@ class StateFilter(admin.SimpleListFilter):
         wanted = self.value()
         if wanted == "all":
             return queryset
+        if wanted not in (None, *(state for state, _ in STATES)):
+            raise IncorrectLookupParameters  # to PostgreSQL it would be an error: its states are an enumeration
         return queryset.filter(state__in=OPEN if wanted is None else (wanted,))
 
 
@@ -66,6 +72,10 @@ class ChordAdmin(Admin):
               "finished_at", "unrecoverable", "publish_error", "shadow")  # fmt: skip
     readonly_fields = fields
     actions = ("recover",)
+
+    def lookup_allowed(self, lookup: str, *args: Any, **kwargs: Any) -> bool:
+        """By state there is the filter: see there."""
+        return not lookup.startswith("state__") and super().lookup_allowed(lookup, *args, **kwargs)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -102,17 +112,17 @@ class ChordAdmin(Admin):
     @admin.display(description="why")
     def why(self, chord: Chord) -> str:
         """Where it stands: why its callback has run, or has not."""
-        with Database(dsn(), budget=0) as database:
+        with Record(dsn(), budget=0) as database:
             return life(database, chord.group_id, celery_app().conf.accept_content).why
 
     @admin.action(permissions=["recover"], description="Recover what is stuck of the selected chords")
     def recover(self, request: HttpRequest, queryset: QuerySet[Chord]) -> None:
         """One pass of recovery, over these chords only."""
         chosen = {chord.group_id: chord for chord in queryset}
-        complaints: list[str] = []
+        complaints: dict[Finding, str] = {}
 
         def complain(finding: Finding, error: PatchpilotError) -> None:
-            complaints.append(f"{finding.kind} {finding.id} was not recovered: {mask(str(error))}")
+            complaints[finding] = f"{finding.kind} {finding.id} was not recovered: {mask(str(error))}"
 
         try:
             where, config = site()
@@ -124,19 +134,28 @@ class ChordAdmin(Admin):
             return
         for chord_id in dict.fromkeys(it.id for it in sweep.applied):
             self.log_change(request, chosen[chord_id], "Recovered.")
-        self._say(request, sweep, len(chosen), config.recovery_min_age)
-        for complaint in complaints:
-            self.message_user(request, complaint, messages.ERROR)
+        for level, words in _told(sweep, complaints, list(chosen), config.recovery_min_age):
+            self.message_user(request, words, level)
 
-    def _say(self, request: HttpRequest, sweep: Sweep, chosen: int, min_age: timedelta) -> None:
-        for it in sweep.applied:
-            words = f"{it.kind} {it.id} recovered by {it.remedy} ({it.diagnosis}): {it.reason}"
-            self.message_user(request, words, messages.SUCCESS)
-        for finding in sweep.findings:
-            if not finding.curable:
-                words = f"{finding.kind} {finding.id} was left alone ({finding.diagnosis}): {finding.reason}"
-                self.message_user(request, words, messages.WARNING)
-        well = chosen - len({finding.id for finding in sweep.findings})
-        if well:
-            words = f"{well} of {chosen}: nothing is stuck, or it made progress in the last {ago(min_age)}"
-            self.message_user(request, words, messages.INFO)
+
+def _told(
+    sweep: Sweep, complaints: Mapping[Finding, str], chosen: Sequence[str], min_age: timedelta
+) -> Iterator[tuple[int, str]]:
+    """What became of each chord, and how good that is."""
+    applied = {(it.kind, it.id, it.diagnosis) for it in sweep.applied}
+    for it in sweep.applied:
+        yield messages.SUCCESS, f"{it.kind} {it.id} recovered by {it.remedy} ({it.diagnosis}): {it.reason}"
+    for finding in sweep.findings:
+        what = f"{finding.kind} {finding.id}"
+        if not finding.curable:
+            yield messages.WARNING, f"{what} was left alone ({finding.diagnosis}): {finding.reason}"
+        elif finding in complaints:
+            yield messages.ERROR, complaints[finding]
+        elif (finding.kind, finding.id, finding.diagnosis) not in applied:
+            moved = "somebody else was first, or it has moved on"
+            yield messages.WARNING, f"{what} was stuck ({finding.diagnosis}), and was not recovered here: {moved}"
+    found = {finding.id for finding in sweep.findings}
+    if well := [chord_id for chord_id in chosen if chord_id not in found]:
+        more = f" and {len(well) - NAMED} more" if len(well) > NAMED else ""
+        words = f"nothing is stuck of {', '.join(well[:NAMED])}{more}, or it made progress in the last {ago(min_age)}"
+        yield messages.INFO, f"{len(well)} of {len(chosen)}: {words}"

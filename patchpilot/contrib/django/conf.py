@@ -20,8 +20,6 @@ from patchpilot.errors import NeedsOperator
 from patchpilot.recovery.at_hand import at_hand
 from patchpilot.workers.application import Site
 
-_NAMES = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
-
 
 def setting(name: str, default: Any = None) -> Any:
     """One entry of the setting PATCHPILOT.
@@ -42,9 +40,9 @@ def alias() -> str:
 
 
 def dsn() -> str:
-    """Where patchpilot's database is: as Django connects to it, with its options as far as libpq knows them.
+    """Where patchpilot's database is: as Django connects to it, with what libpq knows of its options.
 
-    :raises ImproperlyConfigured: there is no such database, or it is no PostgreSQL.
+    :raises ImproperlyConfigured: there is no such database, it is no PostgreSQL, or Django cannot connect to it so.
     """
     try:
         connection = connections[alias()]
@@ -55,11 +53,9 @@ def dsn() -> str:
             f"the database {alias()!r} is {connection.vendor}: patchpilot's tables are in a PostgreSQL; "
             "say which one with PATCHPILOT['database']"
         )
-    given = connection.settings_dict
-    parts = {keyword: given[name] for name, keyword in _NAMES.items() if given.get(name)}
     known = {option.keyword.decode() for option in Conninfo.get_defaults()}
-    options = {key: value for key, value in (given.get("OPTIONS") or {}).items() if key in known and value is not None}
-    return make_conninfo(**{**options, **parts})
+    parts = connection.get_connection_params()
+    return make_conninfo(**{key: value for key, value in parts.items() if key in known and value is not None})
 
 
 def celery_app() -> Celery:

@@ -35,17 +35,49 @@ SELECT c.group_id, c.state::text, c.callback_id, c.callback_name, c.created_at, 
 FROM patchpilot.chord c WHERE c.group_id = %(id)s OR c.callback_id = %(id)s
 ORDER BY c.created_at DESC LIMIT 1
 
+-- name: by_task
+-- The chord that has a task in its header, in a chain of it, or among those of its callback.
+SELECT c.group_id, t.what
+FROM (
+    SELECT group_id, 'header' AS what FROM patchpilot.chord_part WHERE task_id = %(id)s
+    UNION ALL
+    SELECT group_id, 'header' FROM patchpilot.outbox WHERE task_id = %(id)s AND group_id IS NOT NULL
+    UNION ALL
+    SELECT callback_of, 'callback' FROM patchpilot.outbox WHERE task_id = %(id)s AND callback_of IS NOT NULL
+) t
+JOIN patchpilot.chord c USING (group_id)
+ORDER BY c.created_at DESC LIMIT 1
+
+-- name: by_prefix
+-- The chords whose id, or that of their callback or of a task of their header, begins so.
+SELECT c.group_id, c.callback_id, c.callback_name, c.state::text, c.created_at, p.task_id, count(*) OVER () AS number
+FROM patchpilot.chord c
+LEFT JOIN (
+    SELECT group_id, min(task_id) AS task_id FROM patchpilot.chord_part WHERE starts_with(task_id, %(id)s) GROUP BY group_id
+) p USING (group_id)
+WHERE starts_with(c.group_id, %(id)s) OR starts_with(c.callback_id, %(id)s) OR p.task_id IS NOT NULL
+ORDER BY c.created_at DESC LIMIT %(most)s
+
 -- name: parts
-SELECT p.task_id, p.state, p.returned_at, o.task_name, o.queue, o.recorded_at, o.sent_at, o.resends
+-- Each with its last message, if that is not over, and with the open chord whose callback it is.
+SELECT p.task_id, p.state, p.returned_at, o.task_name, o.exchange, o.routing_key, o.queue, o.sent_at, o.resends,
+       i.group_id AS inside
 FROM patchpilot.chord_part p
-LEFT JOIN patchpilot.outbox o ON o.task_id = p.task_id AND o.group_id = p.group_id
+LEFT JOIN LATERAL (
+    SELECT * FROM patchpilot.outbox m WHERE m.group_id = p.group_id AND m.task_id = p.task_id
+    ORDER BY m.recorded_at DESC LIMIT 1
+) o ON true
+LEFT JOIN LATERAL (
+    SELECT c.group_id FROM patchpilot.chord c
+    WHERE c.callback_id = p.task_id AND c.group_id <> p.group_id AND c.state IN ('open', 'claimed') LIMIT 1
+) i ON p.state IS NULL
 WHERE p.group_id = %(group_id)s
 ORDER BY p.position
 
 -- name: callback_messages
 -- Of the callback and of what follows in its chain, or of the errbacks. What has ended since it was written is over, even
 -- if its worker could not say so.
-SELECT o.task_id, o.task_name, o.attempt, o.queue, o.recorded_at, o.sent_at, o.resends
+SELECT o.task_id, o.task_name, o.attempt, o.exchange, o.routing_key, o.queue, o.recorded_at, o.sent_at, o.resends
 FROM patchpilot.outbox o
 WHERE (o.callback_of = %(group_id)s OR o.task_id = ANY(%(callback_ids)s) AND o.recorded_at >= %(created_at)s)
   AND NOT EXISTS (

@@ -13,6 +13,7 @@ from patchpilot.contrib.django.conf import site
 from patchpilot.dsn import mask
 from patchpilot.durations import ago, parse_duration
 from patchpilot.errors import Exit, PatchpilotError
+from patchpilot.legible import legible
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.quiet import headline, rest
@@ -75,7 +76,7 @@ def _line(finding: Finding, done: set[tuple[Kind, str]] | None) -> str:
         what = f"{finding.remedy}: {'done' if (finding.kind, finding.id) in done else 'not done'}"
     parts = "" if finding.total is None else f" {finding.returned}/{finding.total}"
     who = f"{finding.kind} {finding.id} {finding.callback or ''}{parts}"
-    return f"{who}, {ago(finding.age)}: {finding.diagnosis}, {what}: {finding.reason}"
+    return legible(f"{who}, {ago(finding.age)}: {finding.diagnosis}, {what}: {finding.reason}")
 
 
 def _span(text: str) -> timedelta:
