@@ -33,7 +33,7 @@ from patchpilot.backend.fence import Fence, stop_renewal
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.install import RESULTS, set_unless_set
-from patchpilot.backend.message import Part
+from patchpilot.backend.message import Part, whose
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
 from patchpilot.backend.sockets import insisting
@@ -95,6 +95,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
             return result
         payload = self._meta(task_id, result, state, traceback, request)
         row = {"task_id": str(task_id), "state": state, "meta": ensure_bytes(payload), "expires": self.lifetime(state)}
+        row |= whose(task_id, state, request)
         if defer(row, request):
             return result
         try:
@@ -214,7 +215,7 @@ class Backend(RedisBackend):  # type: ignore[misc]
 
     def mark_as_failure(self, task_id: str, exc: Any, *args: Any, **kwargs: Any) -> None:
         request = kwargs.get("request")
-        if request is not None and self._had_succeeded(task_id):
+        if request is not None and self._had_succeeded(task_id, request):
             # A limit or a kill struck when its end was on record already, while its part returned.
             logger.warning("Task %s had succeeded before it was ended from outside: %r", task_id, exc)
             self._see_to_chord(request)
@@ -229,12 +230,13 @@ class Backend(RedisBackend):  # type: ignore[misc]
             super().mark_as_failure(task_id, exc, *args, **kwargs)
             self._ended_outside(request)
 
-    def _had_succeeded(self, task_id: str) -> bool:
+    def _had_succeeded(self, task_id: str, request: Any) -> bool:
         """Whether a worker's main process ends a task that came to its end by itself."""
         if get_current_task() is not None or errbacks.are_called_elsewhere():
             return False
+        asked = {"task_id": str(task_id), "result_of": whose(task_id, states.SUCCESS, request)["result_of"]}
         try:
-            return bool(self._get_task_meta_for(task_id)["status"] == states.SUCCESS)
+            return bool(self.database.fetch(SQL["succeeded"], asked))
         except PatchpilotError:
             return False
 

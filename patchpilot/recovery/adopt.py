@@ -208,8 +208,8 @@ class Adoption:
             "queue": delivery.queue, "headers": json.dumps(headers).encode(),
             "properties": json.dumps({key: it for key, it in properties.items() if key not in NOT_KEPT}).encode(),
             "body": raw_body_of(delivery.message), "content_type": delivery.message["content-type"],
-            "content_encoding": delivery.message["content-encoding"], "expires": moment(headers.get("expires")),
-            "broker": self._broker.name,
+            "content_encoding": delivery.message["content-encoding"], "eta": moment(headers.get("eta")),
+            "expires": moment(headers.get("expires")), "broker": self._broker.name,
         }]  # fmt: skip
 
     def _write(

@@ -154,10 +154,8 @@ class Remedies:
         return {*revoked, *(self._database.run(write) if parts else ())}
 
     def _revoke(self, findings: Sequence[Finding], messages: Mapping[str, Message]) -> set[str]:
-        """End tasks as a worker does that meets them when they have expired or were revoked: their results say so.
-
-        Their parts are recorded from there; by a later recovery, if this one dies in between. Those of a task that is
-        in the header more than once, whose result may be that of another message, are recorded at once.
+        """End tasks as a worker does that meets them when they have expired or were revoked, parts and all. Their
+        results say so, unless another message of the same task id has ended meanwhile.
 
         :returns: the chords of which one was.
         """

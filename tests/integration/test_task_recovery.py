@@ -226,8 +226,8 @@ def test_a_recovery_that_dies_while_it_ends_a_part_leaves_it_to_the_next(
         with pytest.raises(KeyboardInterrupt):
             recovery.recover(NOW)
     assert waiting.parent.results[0].state == "REVOKED"
-    monkeypatch.setattr("patchpilot.recovery.evidence.INTERRUPTED_AFTER", timedelta())
-    assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
+    until(lambda: told(recovery.survey(NOW)) != [], seconds=30, what="its part was on record for a while")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["error-path-lost"]
     assert waiting.state == "FAILURE"
     assert recovery.survey(NOW) == ()
 

@@ -184,3 +184,12 @@ def asks(x: int, y: int) -> int:
     """Wait for another task, as nobody should and many do."""
     with allow_join_result():
         return int(add.delay(x, y).get(timeout=60))
+
+
+@app.task(bind=True)
+def again(self: Task, left: int) -> int:
+    """Send itself again under its own id, as a poller does."""
+    write(f"again {left}")
+    if left:
+        again.apply_async((left - 1,), task_id=self.request.id, queue="later")
+    return left

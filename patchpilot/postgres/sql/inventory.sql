@@ -82,7 +82,8 @@ FROM patchpilot.outbox o
 WHERE (o.callback_of = %(group_id)s OR o.task_id = ANY(%(callback_ids)s) AND o.recorded_at >= %(created_at)s)
   AND NOT EXISTS (
       SELECT FROM patchpilot.result r
-      WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+      WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+        AND patchpilot.tells_of(r.message_id, r.stored_at, o.message_id, o.headers, o.recorded_at)
   )
 ORDER BY o.recorded_at
 

@@ -2,16 +2,16 @@
 
 -- name: record
 -- All messages of one dispatch in one statement. A repetition, after a commit whose answer was lost, changes nothing.
--- The column eta, which nobody reads, is for versions before, which write it.
 INSERT INTO patchpilot.outbox (
     message_id, task_id, task_name, group_id, callback_of, scope, attempt, exchange, routing_key, queue, headers,
-    properties, body, content_type, content_encoding, expires, broker, shadow
+    properties, body, content_type, content_encoding, eta, expires, broker, shadow
 )
 SELECT message.*, %(shadow)s FROM unnest(
     %(message_id)s::uuid[], %(task_id)s::text[], %(task_name)s::text[], %(group_id)s::text[], %(callback_of)s::text[],
     %(scope)s::text[], %(attempt)s::text[], %(exchange)s::text[], %(routing_key)s::text[], %(queue)s::text[],
     %(headers)s::bytea[], %(properties)s::bytea[], %(body)s::bytea[], %(content_type)s::text[],
-    %(content_encoding)s::text[], %(expires)s::timestamptz[], %(broker)s::text[]
+    %(content_encoding)s::text[], %(eta)s::timestamptz[], %(expires)s::timestamptz[],
+    %(broker)s::text[]
 ) AS message
 ON CONFLICT (message_id) DO UPDATE SET sent_at = now()
 

@@ -53,7 +53,8 @@ DELETE FROM patchpilot.chord WHERE group_id IN (
 DELETE FROM patchpilot.outbox WHERE message_id IN (
     SELECT o.message_id FROM patchpilot.outbox o
     JOIN patchpilot.result r
-        ON r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED') AND r.stored_at >= o.recorded_at
+        ON r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+        AND patchpilot.tells_of(r.message_id, r.stored_at, o.message_id, o.headers, o.recorded_at)
     WHERE o.sent_at < now() - %(retention)s
     ORDER BY o.sent_at LIMIT %(batch)s FOR UPDATE OF o SKIP LOCKED
 )

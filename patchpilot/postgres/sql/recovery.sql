@@ -2,12 +2,13 @@
 
 -- name: open_chords
 -- Every chord whose callback is not out yet and that made no progress for a while; and how many made progress too lately
--- or too long ago to be looked at. There is always a row: with no group_id if there is nothing to look at.
+-- or too long ago to be looked at: too long also by the time that a task of its header waits for. There is always a row:
+-- with no group_id if there is nothing to look at.
 WITH open_chord AS (
     SELECT c.group_id, c.callback_id, c.callback_name, c.state = 'claimed' AS claimed, c.publish_error, c.shadow,
            c.counting, c.unrecoverable,
            coalesce(c.claim_until > now(), false) AS claim_live,
-           greatest(c.created_at, part.last_return, message.last_sent) AS progress_at,
+           greatest(c.created_at, part.last_return, message.last_sent) AS progress_at, message.last_eta,
            part.total, part.returned, part.failed, part.ended, part.inner_chords, coalesce(message.count, 0) AS messages
     FROM patchpilot.chord c
     CROSS JOIN LATERAL (
@@ -21,6 +22,7 @@ WITH open_chord AS (
             SELECT result.task_id FROM patchpilot.result
             WHERE p.state IS NULL AND result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
               AND result.stored_at BETWEEN c.created_at AND now() - %(interrupted_after)s
+              AND coalesce(result.group_id = p.group_id, true)
               AND NOT (
                   -- A task that is in the header more than once: while a message of it is left, its result is another's.
                   EXISTS (SELECT FROM patchpilot.outbox o WHERE o.group_id = p.group_id AND o.task_id = p.task_id)
@@ -36,7 +38,8 @@ WITH open_chord AS (
         WHERE p.group_id = c.group_id
     ) part
     LEFT JOIN LATERAL (
-        SELECT count(*) AS count, max(o.sent_at) AS last_sent FROM patchpilot.outbox o WHERE o.group_id = c.group_id
+        SELECT count(*) AS count, max(o.sent_at) AS last_sent, max(o.eta) AS last_eta
+        FROM patchpilot.outbox o WHERE o.group_id = c.group_id
     ) message ON true
     -- A canary is the pilot's own: it is never stuck, only late, and what is left of it is purged.
     WHERE c.state IN ('open', 'claimed') AND c.callback_name <> 'patchpilot.canary'
@@ -45,10 +48,11 @@ WITH open_chord AS (
 SELECT outside.*, found.*, now() - found.progress_at AS age
 FROM (
     SELECT count(*) FILTER (WHERE progress_at > now() - %(min_age)s) AS young,
-           count(*) FILTER (WHERE progress_at < now() - %(max_age)s) AS old
+           count(*) FILTER (WHERE greatest(progress_at, last_eta) < now() - %(max_age)s) AS old
     FROM open_chord
 ) outside
-LEFT JOIN open_chord found ON found.progress_at BETWEEN now() - %(max_age)s AND now() - %(min_age)s
+LEFT JOIN open_chord found
+    ON found.progress_at <= now() - %(min_age)s AND greatest(found.progress_at, found.last_eta) >= now() - %(max_age)s
 ORDER BY found.progress_at, found.group_id
 
 -- name: distrust_counts
@@ -60,9 +64,10 @@ WHERE state IN ('open', 'claimed') AND counting = 'valkey' AND NOT distrusted
 
 -- name: messages
 -- Every message whose task has not ended, as far as PostgreSQL knows; and how many are too young or too old to be looked
--- at. There is always a row: with no message_id if there is nothing to look at. Without a result only its part tells that
--- a header task has ended; it is of this sending if it returned after it. What tells that a task has ended does not tell
--- which of two of them that share an id in one header, so each of their messages stands until all their parts are here.
+-- at: too old also by the time that their tasks wait for. There is always a row: with no message_id if there is nothing to
+-- look at. Without a result only its part tells that a header task has ended; it is of this sending if it returned after
+-- it. What tells that a task has ended does not tell which of two of them that share an id in one header, so each of their
+-- messages stands until all their parts are here.
 WITH part AS (
     SELECT open_group.group_id, p.task_id, max(p.returned_at) AS returned_at, max(p.position) AS place,
            max(p.position) FILTER (WHERE p.returned_at IS NOT NULL) AS returned_place
@@ -78,7 +83,8 @@ WITH part AS (
     -- A header is pushed in its order, and that may take long. As long as parts return, and none has that comes behind
     -- this one, it may still be on its way from the producer: so it is as old as the last return.
     SELECT o.message_id, o.group_id, part.returned_at,
-           CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at
+           CASE WHEN part.place < reached.place THEN o.sent_at ELSE greatest(o.sent_at, reached.returned_at) END AS at,
+           o.eta
     FROM patchpilot.outbox o
     LEFT JOIN part ON part.group_id = o.group_id AND part.task_id = o.task_id
     LEFT JOIN reached ON reached.group_id = o.group_id
@@ -87,13 +93,14 @@ WITH part AS (
     SELECT message_id, returned_at, at FROM progress
     WHERE at <= now() - %(min_age)s
       -- The message of a chord that goes on without it is never too old.
-      AND (at >= now() - %(max_age)s OR group_id = ANY(%(group_ids)s::text[]))
+      AND (greatest(at, eta) >= now() - %(max_age)s OR group_id = ANY(%(group_ids)s::text[]))
 )
 SELECT outside.*, found.*
 FROM (
     SELECT count(*) FILTER (WHERE at > now() - %(min_age)s) AS young,
            count(*) FILTER (
-               WHERE at < now() - %(max_age)s AND NOT coalesce(group_id = ANY(%(group_ids)s::text[]), false)
+               WHERE greatest(at, eta) < now() - %(max_age)s
+                 AND NOT coalesce(group_id = ANY(%(group_ids)s::text[]), false)
            ) AS old
     FROM progress
 ) outside
@@ -118,7 +125,7 @@ LEFT JOIN (
     LEFT JOIN LATERAL (
         SELECT result.task_id FROM patchpilot.result
         WHERE result.task_id = o.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-          AND result.stored_at >= o.recorded_at
+          AND patchpilot.tells_of(result.message_id, result.stored_at, o.message_id, o.headers, o.recorded_at)
         LIMIT 1
     ) r ON true
     LEFT JOIN LATERAL (
@@ -140,7 +147,7 @@ SELECT group_id, task_id FROM (
     LEFT JOIN LATERAL (
         SELECT true AS ended FROM patchpilot.result
         WHERE p.state IS NULL AND task_id = p.task_id AND state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-          AND stored_at >= c.created_at
+          AND stored_at >= c.created_at AND coalesce(result.group_id = p.group_id, true)
         LIMIT 1
     ) r ON true
     WHERE p.group_id = ANY(%(group_ids)s) AND (p.state IS NOT NULL OR r.ended)
@@ -162,7 +169,7 @@ JOIN patchpilot.chord c USING (group_id)
 CROSS JOIN LATERAL (
     SELECT result.meta FROM patchpilot.result
     WHERE result.task_id = p.task_id AND result.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-      AND result.stored_at >= c.created_at
+      AND result.stored_at >= c.created_at AND coalesce(result.group_id = p.group_id, true)
       AND NOT (
           -- A task that is in the header more than once: while a message of it is left, its result is another's.
           EXISTS (SELECT FROM patchpilot.outbox o WHERE o.group_id = p.group_id AND o.task_id = p.task_id)
@@ -214,8 +221,7 @@ UPDATE patchpilot.outbox SET pushes = pushes + 1 WHERE message_id = ANY(%(messag
 
 -- name: revoke
 -- Compare and set: the message is still the one that was seen, its task has not ended, and its chord waits for it. The
--- part is recorded from the result; but the result of a task that is in the header more than once may be that of another
--- message, so there the part is recorded here. Returns the chords of which one was.
+-- part is recorded here and not from the result, which may be that of another message. Returns the chords of which one was.
 WITH gone AS (
     DELETE FROM patchpilot.outbox o
     USING unnest(%(message_ids)s::uuid[], %(resends)s::int[], %(metas)s::bytea[], %(payloads)s::bytea[])
@@ -229,7 +235,7 @@ WITH gone AS (
           NOT EXISTS (
               SELECT FROM patchpilot.result r
               WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
-                AND r.stored_at >= o.recorded_at
+                AND patchpilot.tells_of(r.message_id, r.stored_at, o.message_id, o.headers, o.recorded_at)
           )
           -- A task that is in the header more than once: the result is that of another message.
           OR EXISTS (
@@ -240,14 +246,16 @@ WITH gone AS (
       )
     -- By pattern: as JSON, PostgreSQL reads no header where another has a NUL. Inside a text its quotes would be escaped.
     RETURNING o.group_id, o.task_id, o.recorded_at, seen.meta, seen.payload,
+              patchpilot.origin(o.message_id, o.headers) AS began_by,
               coalesce(substring(convert_from(o.headers, 'UTF8') FROM '"group_index": ?([0-9]+)')::int, 0) AS place
 ), latest AS (
     SELECT DISTINCT ON (task_id) * FROM gone ORDER BY task_id, recorded_at DESC
 ), stored AS (
-    INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-    SELECT task_id, 'REVOKED', meta, now() + %(expires)s FROM latest
+    INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at, message_id, group_id)
+    SELECT task_id, 'REVOKED', meta, now() + %(expires)s, began_by, group_id FROM latest
     ON CONFLICT (task_id) DO UPDATE
-    SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+    SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at,
+        message_id = EXCLUDED.message_id, group_id = EXCLUDED.group_id
     -- What its other message came to stays; what it came to when it was sent before does not.
     WHERE r.state NOT IN ('SUCCESS', 'FAILURE', 'REVOKED')
        OR r.stored_at < (SELECT latest.recorded_at FROM latest WHERE latest.task_id = r.task_id)
@@ -256,10 +264,6 @@ UPDATE patchpilot.chord_part p
 SET state = 'REVOKED', payload = gone.payload, returned_at = now()
 FROM gone
 WHERE p.group_id = gone.group_id AND p.task_id = gone.task_id AND p.state IS NULL
-  AND EXISTS (
-      SELECT FROM patchpilot.chord_part same
-      WHERE same.group_id = p.group_id AND same.task_id = p.task_id AND same.position <> p.position
-  )
   -- As a worker returns it.
   AND (p.position = gone.place OR NOT EXISTS (
       SELECT FROM patchpilot.chord_part same
@@ -268,11 +272,36 @@ WHERE p.group_id = gone.group_id AND p.task_id = gone.task_id AND p.state IS NUL
 RETURNING p.group_id
 
 -- name: close_ended
--- Messages whose task has ended, but whose worker died before it could say so here: those that nobody has sent again
--- since they were looked at.
+-- Messages whose task has ended, but whose worker died before it could say so here: those of which that still holds, and
+-- that nobody has sent again since they were looked at.
 DELETE FROM patchpilot.outbox o
 USING unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
 WHERE o.message_id = seen.message_id AND o.resends = seen.resends
+  AND (
+      EXISTS (
+          SELECT FROM patchpilot.fence f
+          WHERE f.scope = o.scope AND f.task_id = o.task_id AND f.attempt = o.attempt AND f.finished_at IS NOT NULL
+      )
+      OR (
+          (
+              EXISTS (
+                  SELECT FROM patchpilot.result r
+                  WHERE r.task_id = o.task_id AND r.state IN ('SUCCESS', 'FAILURE', 'REVOKED')
+                    AND patchpilot.tells_of(r.message_id, r.stored_at, o.message_id, o.headers, o.recorded_at)
+              )
+              OR EXISTS (
+                  SELECT FROM patchpilot.chord_part p
+                  WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.returned_at >= o.recorded_at
+              )
+          )
+          AND NOT EXISTS (
+              SELECT FROM patchpilot.chord_part p
+              JOIN patchpilot.chord_part same USING (group_id, task_id)
+              WHERE p.group_id = o.group_id AND p.task_id = o.task_id AND p.state IS NULL
+                AND same.position <> p.position
+          )
+      )
+  )
 
 -- name: record
 INSERT INTO patchpilot.remedy (run_id, kind, subject, diagnosis, remedy, callback, reason)

@@ -2,10 +2,11 @@
 
 -- name: store
 -- A result that is a success stays: a late duplicate must not overwrite it.
-INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-VALUES (%(task_id)s, %(state)s, %(meta)s, now() + %(expires)s)
+INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at, message_id, group_id)
+VALUES (%(task_id)s, %(state)s, %(meta)s, now() + %(expires)s, %(result_of)s, %(result_group)s)
 ON CONFLICT (task_id) DO UPDATE
-SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at,
+    message_id = EXCLUDED.message_id, group_id = EXCLUDED.group_id
 WHERE r.state <> 'SUCCESS'
 
 -- name: store_all
@@ -15,17 +16,23 @@ SELECT stored.task_id, stored.state, stored.meta, now() + stored.expires
 FROM unnest(%(task_id)s::text[], %(state)s::text[], %(meta)s::bytea[], %(expires)s::interval[])
     AS stored (task_id, state, meta, expires)
 ON CONFLICT (task_id) DO UPDATE
-SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at,
+    message_id = NULL, group_id = NULL
 WHERE r.state <> 'SUCCESS'
 
 -- name: finish
 CALL patchpilot.end_task(
-    %(task_id)s, %(state)s, %(meta)s, %(expires)s, %(group_id)s, %(position)s, %(payload)s,
-    %(message_id)s, %(scope)s, %(attempt)s, %(owner)s, NULL, NULL, NULL, NULL
+    %(task_id)s, %(state)s, %(meta)s, %(expires)s, %(result_of)s, %(result_group)s, %(group_id)s, %(position)s,
+    %(payload)s, %(message_id)s, %(scope)s, %(attempt)s, %(owner)s, NULL, NULL, NULL, NULL
 )
 
 -- name: get
 SELECT task_id, meta FROM patchpilot.result WHERE task_id = ANY(%(task_ids)s)
+
+-- name: succeeded
+-- Not by another message of the same task id, as far as that is known.
+SELECT 1 FROM patchpilot.result
+WHERE task_id = %(task_id)s AND state = 'SUCCESS' AND coalesce(message_id = %(result_of)s, true)
 
 -- name: forget
 DELETE FROM patchpilot.result WHERE task_id = %(task_id)s

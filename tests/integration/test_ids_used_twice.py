@@ -1,0 +1,193 @@
+"""One task id for two messages: what the one came to is not taken for what becomes of the other. On real servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+import redis
+from billiard.exceptions import TimeLimitExceeded
+from celery import chord, group
+from celery.app.task import Context
+
+from patchpilot.backend.config import MESSAGE_ID, ORIGIN
+from patchpilot.clock import SYSTEM
+from patchpilot.lab.processes import until
+from patchpilot.postgres.connection import Database
+from patchpilot.recovery import Recovery, Window
+from tests.support.processes import Shop
+from tests.support.shop import add, again, app, later, note, total
+
+pytestmark = pytest.mark.backend
+
+NOW = Window(min_age=timedelta(0))
+
+
+@pytest.fixture
+def database(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    """The record; a part whose task has ended is missed at once."""
+    monkeypatch.setattr("patchpilot.recovery.evidence.INTERRUPTED_AFTER", timedelta())
+    with Database(shop.dsn) as opened:
+        yield opened
+
+
+def messages(database: Database) -> set[str]:
+    return {str(row["message_id"]) for row in database.fetch("SELECT message_id FROM patchpilot.outbox")}
+
+
+def one_callback_of_two_chords() -> None:
+    for queue in ("later", "celery"):
+        callback = note.s(label=queue).set(task_id="report", queue=queue)
+        chord([add.s(1, 1)], callback).apply_async()
+
+
+def one_header_of_two_chords() -> None:
+    header = group(add.si(1, 1), add.si(2, 2))
+    header.freeze()
+    first, second = header | note.s(label="celery"), header | note.s(label="later")
+    second.apply_async(queue="later")
+    first.apply_async()
+
+
+def one_that_sends_itself_again() -> None:
+    again.apply_async((1,), task_id="poll")
+
+
+def one_that_is_sent_twice() -> None:
+    for queue in ("later", "celery"):
+        note.apply_async((1,), {"label": queue}, task_id="nightly", queue=queue)
+
+
+USES = {
+    one_callback_of_two_chords: (1, ["callback-message-lost"], ["celery [2]"], ["later [2]"]),
+    one_header_of_two_chords: (2, ["header-message-lost"], ["celery [2, 4]"], ["add 1 1", "add 2 2", "later [2, 4]"]),
+    one_that_sends_itself_again: (1, ["message-lost"], ["again 1"], ["again 0"]),
+    one_that_is_sent_twice: (1, ["message-lost"], ["celery 1"], ["later 1"]),
+}
+"""How many messages wait in the queue ``later``, what their loss is called, what has run before, and what runs then."""
+
+
+@pytest.mark.parametrize("send", USES, ids=lambda it: it.__name__)
+def test_what_one_message_came_to_says_nothing_of_the_other(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, database: Database, send: Callable[[], None]
+) -> None:
+    waiting, lost, before, then = USES[send]
+    send()
+    shop.worker("-c", "1", "-Q", "celery")
+    for line in before:
+        shop.await_line(line)
+    until(lambda: broker.llen("later") == len(messages(database)) == waiting, seconds=30, what="the others had ended")
+    on_record, ran = messages(database), shop.ledger()
+
+    assert recovery.survey(NOW) == recovery.recover(NOW) == ()  # nothing of it is lost yet
+    assert (messages(database), broker.llen("later"), shop.ledger()) == (on_record, waiting, ran)
+
+    broker.delete("later")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == lost
+    assert (messages(database), broker.llen("later")) == (on_record, waiting)
+    app.control.add_consumer("later", reply=True, timeout=5, limit=1)
+    until(lambda: messages(database) == set(), seconds=30, what="they had ended as well")
+    assert sorted(shop.ledger()) == sorted([*ran, *then])
+    assert recovery.survey(NOW) == recovery.recover(NOW) == ()
+
+
+def test_what_is_lost_of_a_header_and_has_expired_ends_its_own_chord(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, database: Database
+) -> None:
+    """However the task of the same id in another header ended."""
+    over = add.s(1, 1).set(task_id="part", queue="later", expires=SYSTEM.now() - timedelta(seconds=1))
+    expired = chord([over], total.s(label="expired")).apply_async()
+    well = chord([add.s(1, 1).set(task_id="part")], total.s(label="well")).apply_async()
+    shop.worker("-c", "1", "-Q", "celery")
+    assert well.get(timeout=30) == 2
+    broker.delete("later")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+    assert expired.state == "FAILURE"
+    assert app.AsyncResult("part").state == "SUCCESS"
+    assert recovery.survey(NOW) == ()
+
+
+def request(group_id: str | None = None, **more: object) -> Context:
+    """As a worker has it of the task ``twice``."""
+    return Context(id="twice", task=add.name, group=group_id, **{MESSAGE_ID: str(uuid4()), **more})
+
+
+def test_a_time_limit_ends_the_task_that_it_struck(shop: Shop, database: Database) -> None:
+    """And not only if no task of its id has ever succeeded."""
+    result = chord([add.s(1, 1).set(task_id="twice")], total.s()).apply_async()
+    app.backend.mark_as_done("twice", 2, request())
+    struck = request(result.parent.id, chord=total.s())
+    app.backend.mark_as_failure("twice", TimeLimitExceeded(1), request=struck)
+    assert database.fetch("SELECT state FROM patchpilot.chord_part") == [{"state": "FAILURE"}]
+
+
+def test_whose_a_result_is(shop: Shop, database: Database) -> None:
+    """Of the message by which its task began. What is not final yet, or is told of another task, is nobody's."""
+    began, retried = str(uuid4()), request("g", **{ORIGIN: str(uuid4())})
+    stored: list[tuple[str, Context | None, tuple[str | None, str | None]]] = [
+        ("STARTED", request(), (None, None)),
+        ("FAILURE", None, (None, None)),
+        ("FAILURE", Context(id="another", **{MESSAGE_ID: began}), (None, None)),
+        ("FAILURE", Context(id="twice", group="g"), (None, "g")),
+        ("FAILURE", request(**{MESSAGE_ID: began}), (began, "")),
+        ("RETRY", retried, (None, None)),
+        ("REVOKED", retried, (retried.get(ORIGIN), "g")),
+    ]
+    for state, by, whose in stored:
+        app.backend.store_result("twice", None, state, request=by)
+        [row] = database.fetch("SELECT state, message_id::text, group_id FROM patchpilot.result")
+        assert (row["state"], (row["message_id"], row["group_id"])) == (state, whose)
+
+
+KEEP = """
+CREATE TABLE kept (LIKE patchpilot.outbox);
+CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO kept VALUES (OLD.*); RETURN OLD; END';
+CREATE TRIGGER keep BEFORE DELETE ON patchpilot.outbox FOR EACH ROW EXECUTE FUNCTION keep();
+"""
+"""Keep what is taken out of the outbox."""
+
+
+def test_the_end_of_a_retry_is_that_of_every_attempt(shop: Shop, recovery: Recovery, database: Database) -> None:
+    """Even if no worker could say so of their messages."""
+    database.run(lambda connection: connection.execute(KEEP.encode()))
+    shop.worker("-c", "1")
+    later.apply_async(("later", 0)).get(timeout=30)
+    until(lambda: messages(database) == set(), seconds=30, what="both attempts had ended")
+    database.execute("DROP TRIGGER keep ON patchpilot.outbox")
+    assert database.execute("INSERT INTO patchpilot.outbox SELECT * FROM kept") == 2
+    assert recovery.recover(NOW) == ()
+    assert messages(database) == set()
+
+
+BEFORE = {
+    "end": """
+        CALL patchpilot.end_task(
+            %(task_id)s, 'SUCCESS', %(meta)s, NULL, NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+        )
+    """,
+    "store": """
+        INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
+        VALUES (%(task_id)s, 'SUCCESS', %(meta)s, NULL)
+        ON CONFLICT (task_id) DO UPDATE
+        SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at
+        WHERE r.state <> 'SUCCESS'
+    """,
+}
+"""As workers of the version before store a result."""
+
+
+@pytest.mark.parametrize("statement", BEFORE)
+def test_what_a_worker_of_the_version_before_stores_counts_as_it_did(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, database: Database, statement: str
+) -> None:
+    """Whoever else had begun with it: for the message and the part that it ends, although it names neither."""
+    waiting = chord([add.s(1, 1).set(task_id="twice")], total.s()).apply_async()
+    app.backend.store_result("twice", None, "STARTED", request=request("another"))
+    meta = app.backend._meta("twice", 2, "SUCCESS")
+    database.execute(BEFORE[statement], {"task_id": "twice", "meta": meta.encode()})
+    broker.delete("celery")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
+    assert broker.llen("celery") == 1  # its callback's
+    assert [str(row["task_id"]) for row in database.fetch("SELECT task_id FROM patchpilot.outbox")] == [waiting.id]
