@@ -81,7 +81,7 @@ class Housekeeping:
             called as we call them.
         :raises Transient: PostgreSQL or Valkey cannot be reached. What was done stays done.
         """
-        names, contact = self._broker.names(), Contact(self._clock)
+        names, contact = self._broker.names(), Contact(self._clock, self._stale)
         hands = ask(Asking(self._database, self._app, self._clock, self._stale, names, contact), (), ())
         _check(hands)
         self._broker.check_layout()

@@ -80,7 +80,7 @@ class Recovery:
         self._clock = clock
         self._complain = complain
         self._stale = site.dead_after if stale is None else stale
-        self._contact = Contact(clock)
+        self._contact = Contact(clock, self._stale)
 
     def __enter__(self) -> Self:
         return self

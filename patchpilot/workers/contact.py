@@ -7,7 +7,7 @@ again, and recovery is often there before them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from patchpilot.backend.heartbeat import RETURNS
 from patchpilot.clock import Clock
@@ -18,10 +18,13 @@ class Contact:
     """Since when one process has been in contact with PostgreSQL.
 
     An outage that nobody notices between two contacts is too short to make a living worker count as dead.
+
+    :param stale: a worker counts as dead that was silent for this long.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, stale: timedelta) -> None:
         self._clock = clock
+        self._enough = min(stale, RETURNS).total_seconds()
         self._since = self._last = float("-inf")
         self._dead: dict[str, datetime] = {}
 
@@ -38,6 +41,6 @@ class Contact:
             PostgreSQL's answer: this renews the contact.
         """
         self.renew()
-        if self._last - self._since >= RETURNS.total_seconds():
+        if self._last - self._since >= self._enough:
             self._dead = dict(silent)  # whatever becomes of PostgreSQL from now on
         return {instance for instance, seen_at in silent.items() if self._dead.get(instance) != seen_at}

@@ -33,7 +33,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def contact(clock: FakeClock) -> Contact:
-    return Contact(clock)
+    return Contact(clock, RETURNS * 6)
 
 
 def test_who_is_silent_is_given_time_from_the_first_contact_on(contact: Contact, clock: FakeClock) -> None:
@@ -41,6 +41,13 @@ def test_who_is_silent_is_given_time_from_the_first_contact_on(contact: Contact,
     keep(contact, clock, RETURNS - timedelta(seconds=1))
     assert contact.owed(A) == {"a"}
     clock.sleep(1)
+    assert contact.owed(A) == set()
+
+
+def test_nobody_is_given_more_than_makes_a_worker_count_as_dead(clock: FakeClock) -> None:
+    contact = Contact(clock, LEAST_SILENCE)
+    assert contact.owed(A) == {"a"}
+    clock.sleep(LEAST_SILENCE.total_seconds())
     assert contact.owed(A) == set()
 
 
