@@ -222,8 +222,9 @@ def test_how_long_a_worker_may_be_silent_the_site_says(
 def test_what_is_only_watched_is_never_taken(shop: Shop) -> None:
     add.delay(1, 1)
     with Database(shop.dsn) as database:
-        [row] = database.fetch("UPDATE patchpilot.outbox SET shadow = true RETURNING message_id::text, resends")
-        asked = {"message_ids": [row["message_id"]], "resends": [row["resends"]]}
+        sql = "UPDATE patchpilot.outbox SET shadow = true RETURNING message_id::text AS message_ids, resends, sent_at"
+        [row] = database.fetch(sql)
+        asked = {name: [value] for name, value in row.items()}
         assert database.fetch(evidence.SQL["take"], asked) == []
         database.execute("UPDATE patchpilot.outbox SET shadow = false")
         assert len(database.fetch(evidence.SQL["take"], asked)) == 1
@@ -260,10 +261,12 @@ def test_a_part_is_recorded_once(shop: Shop) -> None:
 
 
 def test_the_message_of_a_task_that_has_ended_is_closed_unless_somebody_has_sent_it_again(shop: Shop) -> None:
-    add.delay(1, 1)
+    sent = add.delay(1, 1)
     with Database(shop.dsn) as database:
         [row] = database.fetch("UPDATE patchpilot.outbox SET resends = 1 RETURNING message_id::text")
-        for resends, left in ((0, 1), (1, 0)):
+        for ended, resends, left in ((False, 1, 1), (True, 0, 1), (True, 1, 0)):
+            if ended:
+                app.backend.store_result(sent.id, 2, "SUCCESS")
             seen = {"message_ids": [row["message_id"]], "resends": [resends]}
             database.execute(evidence.SQL["close_ended"], seen)
             assert len(database.fetch("SELECT FROM patchpilot.outbox")) == left
