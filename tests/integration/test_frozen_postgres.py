@@ -277,7 +277,7 @@ def test_what_is_not_on_record_and_starts_meanwhile_is_not_lost(
     settings = {**HASTY, "patchpilot_journal_messages": False}
     monkeypatch.setitem(app.conf, "patchpilot_journal_messages", False)
     gate = hasty.directory / "gate"
-    worker = hasty.worker("-c", "1", SHOP_SETTINGS=json.dumps(settings))
+    worker = hasty.worker("-c", "2", SHOP_SETTINGS=json.dumps(settings))  # in one of them the first one waits
     chain(hold.s(5, str(gate)), note.s(label="tail")).apply_async()
     hasty.await_line("hold began")
     with postgres.frozen():

@@ -213,7 +213,7 @@ def test_a_task_hears_that_what_it_sends_cannot_be_pushed_if_nobody_would_send_i
     """It is not on record, or it is only watched: there a task hears what it hears from Celery."""
     settings = {"task_routes": {relay.name: {"queue": forbidden}}, "patchpilot_postgres_budget": 0.2, **settings}
     worker = shop.worker("-c", "1", SHOP_SETTINGS=json.dumps(settings), **environment)
-    relay.delay("relay", 1)
+    relay.apply_async(("relay", 1), ignore_result=True)  # a result would wait for PostgreSQL
     ended = re.compile(rf"{relay.name}\[\S+\] (raised unexpected|succeeded)")
     until(lambda: ended.search(worker.output()), seconds=60, what="the task had ended")
     assert ended.findall(worker.output()) == ["raised unexpected"]
