@@ -78,14 +78,21 @@ class Backend(Results):
             self._see_to_chord(request)
             self._ended_outside(request)
             return
-        if isinstance(exc, WorkerLostError) and getattr(request, CALLBACK_OF, None) and get_current_task() is None:
+        if isinstance(exc, WorkerLostError) and get_current_task() is None and self._comes_back(request):
             # Acknowledged early, and its process was killed in the middle. It has not failed: it has not ended. Its
             # message stays in the outbox, and recovery sends it again once the lease of the dead process is over.
-            logger.error("Callback %s is left to recovery: its process was killed", task_id)
+            logger.error("Task %s is left to recovery: its process was killed", task_id)
             return
         with self.endings.left_to_recovery(task_id, request):
             super().mark_as_failure(task_id, exc, *args, **kwargs)
             self._ended_outside(request)
+
+    def _comes_back(self, request: Any) -> bool:
+        """Whether recovery would run a task again: a callback, or what follows another task. Both are fenced."""
+        try:
+            return self.fence.runs_again(request)
+        except PatchpilotError:
+            return bool(getattr(request, CALLBACK_OF, None)) or self.endings.fate(request) is LEFT
 
     def _had_succeeded(self, task_id: str, request: Any) -> bool:
         """Whether a worker's main process ends a task that came to its end by itself."""

@@ -44,6 +44,9 @@ logger = get_logger(__name__)
 
 SQL = queries("fence")
 
+DEATHS = 5
+"""What has been begun so often, and whose process was killed each time, is not begun again: it has failed."""
+
 ASIDE = 1.0
 """Seconds to wait before it is asked again whether a task may start."""
 
@@ -206,6 +209,19 @@ class Fence:
                 self._database.execute(SQL["end_for_others"], start.row())
             except PatchpilotError as error:
                 logger.error("The end of task %s was not recorded: %s", start.task_id, error)  # noqa: TRY400
+
+    def runs_again(self, request: Any) -> bool:
+        """Whether a task whose process was killed runs again if recovery sends it again, and recovery can. Not what has
+        killed its process every time.
+
+        :raises PatchpilotError: if PostgreSQL cannot be asked.
+        """
+        scope = scope_of(vars(request), everything=False)
+        if scope is None:
+            return False
+        start = Start(str(request.id), attempt_of(vars(request)), scope, owner="")
+        asked = {**start.row(), "message_id": getattr(request, MESSAGE_ID, None), "most": DEATHS}
+        return bool(self._database.fetch(SQL["runs_again"], asked))
 
     def give_up(self, start: Start) -> None:
         """Its message goes back to the queue: the next delivery may run."""

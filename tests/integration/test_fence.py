@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import redis
+from billiard.exceptions import WorkerLostError
 from celery import Celery, Task, chain, chord, group
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
-from patchpilot.backend.fence import Fence
+from patchpilot.backend.fence import DEATHS, Fence
 from patchpilot.backend.message import Part
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -125,10 +126,12 @@ def test_a_callback_whose_pool_process_was_killed_runs_again(shop: Shop) -> None
     assert shop.ledger().count("hold ended") == 1
 
 
-def test_a_callback_whose_pool_process_was_killed_has_not_failed(shop: Shop) -> None:
+@pytest.mark.parametrize("what", ["callback", "next of a chain"])
+def test_what_is_fenced_and_whose_pool_process_was_killed_has_not_failed(shop: Shop, what: str) -> None:
     """Acknowledged early, Celery's default: Celery would call it failed and forget it."""
     gate = shop.directory / "gate"
-    result = chord([add.s(1, 1)], hold.s(str(gate))).apply_async()
+    canvas = chord([add.s(1, 1)], hold.s(str(gate))) if what == "callback" else chain(add.s(1, 1), hold.s(str(gate)))
+    result = canvas.apply_async()
     worker = shop.worker("-c", "1", SHOP_FENCE_LEASE="2")
     shop.await_line("hold began")
     [child] = psutil.Process(worker.process.pid).children()
@@ -137,7 +140,20 @@ def test_a_callback_whose_pool_process_was_killed_has_not_failed(shop: Shop) -> 
         until(lambda: recovery.recover(NOW) != (), seconds=40, what="the callback was sent again")
     shop.await_line("hold began", count=2)
     gate.touch()
-    assert result.get(timeout=30) == [2]
+    assert result.get(timeout=30) == ([2] if what == "callback" else 2)
+
+
+def test_what_kills_its_process_every_time_fails_in_the_end(shop: Shop) -> None:
+    gate = shop.directory / "gate"
+    result = chord([add.s(1, 1)], hold.s(str(gate))).apply_async()
+    worker = shop.worker("-c", "1")
+    shop.await_line("hold began")
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.fence SET starts = %s", (DEATHS,))
+    [child] = psutil.Process(worker.process.pid).children()
+    os.kill(child.pid, signal.SIGKILL)
+    until(result.ready, seconds=30, what="it had failed")
+    assert isinstance(result.result, WorkerLostError)
 
 
 def test_a_callback_whose_machine_was_lost_runs_again_after_recovery(shop: Shop) -> None:

@@ -39,5 +39,12 @@ WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND 
 UPDATE patchpilot.fence SET finished_at = now()
 WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND finished_at IS NULL
 
+-- name: runs_again
+SELECT 1 FROM patchpilot.outbox
+WHERE message_id = %(message_id)s AND NOT EXISTS (
+    SELECT FROM patchpilot.fence
+    WHERE scope = %(scope)s AND task_id = %(task_id)s AND attempt = %(attempt)s AND starts >= %(most)s
+)
+
 -- name: on_record
 SELECT 1 FROM patchpilot.outbox WHERE message_id = %(message_id)s
