@@ -3,7 +3,7 @@
 Reads only, except for the canaries' queues. The layout is kombu's Redis transport's (read in kombu 5.7.0): a queue is a
 list per priority step, named ``<queue>`` or ``<queue><sep><priority>``, whose head is the newest message; what a
 consumer took is in the hash ``unacked`` under its delivery tag, with the time it was taken in the sorted set
-``unacked_index``.
+``unacked_index``, if the application does not call them otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from patchpilot.errors import NeedsOperator, Transient
 
 SEPARATOR = "\x06\x16"
 """kombu's own, where the broker transport options have no ``sep``."""
+
+UNACKED = ("unacked", "unacked_index")
+"""kombu's own, where they have no ``unacked_key`` and ``unacked_index_key``."""
 
 _CHUNK = 1000
 MESSAGE_ID = "patchpilot_message"
@@ -75,12 +78,21 @@ class Broker:
     :param prefix: the ``global_keyprefix`` of the application's broker transport options.
     :param name: what the record calls it, if not by its address.
     :param sep: the ``sep`` of the options.
+    :param unacked: the ``unacked_key`` and the ``unacked_index_key`` of the options.
     """
 
-    def __init__(self, url: str, prefix: str = "", name: str | None = None, sep: str = SEPARATOR) -> None:
+    def __init__(
+        self,
+        url: str,
+        prefix: str = "",
+        name: str | None = None,
+        sep: str = SEPARATOR,
+        unacked: tuple[str, str] = UNACKED,
+    ) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
         self._prefix = prefix
         self._sep = sep
+        self._unacked_key, self._index_key = (f"{prefix}{key}" for key in unacked)
         self._url = mask(url)
         self._own = {found for found in (name, name_of_url(url, prefix)) if found}
         self.name = name or name_of_url(url, prefix)
@@ -135,9 +147,9 @@ class Broker:
             for queue in sorted(queues):
                 for name in self._lists(queue):
                     yield from (Delivery(name, queue, raw, json.loads(raw)) for raw in self._all(name))
-            for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
+            for tag, raw in self._client.hscan_iter(self._unacked_key, count=_CHUNK):
                 message, _exchange, _routing_key = json.loads(raw)
-                yield Delivery(f"{self._prefix}unacked", None, raw, message, tag.decode())
+                yield Delivery(self._unacked_key, None, raw, message, tag.decode())
         except RedisError as error:
             raise Transient(f"the broker at {self._url} cannot be read: {error}") from error
 
@@ -269,11 +281,11 @@ class Broker:
         return list(chunk)
 
     def _taken(self) -> Iterator[tuple[str, float]]:
-        for tag, at in self._client.zscan_iter(f"{self._prefix}unacked_index", count=_CHUNK):
+        for tag, at in self._client.zscan_iter(self._index_key, count=_CHUNK):
             yield tag.decode(), at
 
     def _unacked(self) -> Iterator[tuple[str, str]]:
-        for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
+        for tag, raw in self._client.hscan_iter(self._unacked_key, count=_CHUNK):
             message, _exchange, _routing_key = json.loads(raw)
             if found := _message_id(message):
                 yield found, tag.decode()
