@@ -212,6 +212,10 @@ class Celery(_Section):
     """``sep`` of the broker transport options, if the application sets one."""
     priority_steps: Annotated[tuple[int, ...], AfterValidator(ascending)] | None = None
     """``priority_steps`` of the broker transport options, if the application sets some."""
+    unacked_key: Filled = "unacked"
+    """``unacked_key`` of the broker transport options, if the application sets one."""
+    unacked_index_key: Filled = "unacked_index"
+    """``unacked_index_key`` of the broker transport options, if the application sets one."""
 
     @field_validator("fanout_prefix")
     @classmethod

@@ -53,6 +53,8 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
                 fanout_prefix=site.fanout_prefix,
                 sep=site.sep,
                 priority_steps=site.priority_steps or None,
+                unacked_key=site.unacked[0],
+                unacked_index_key=site.unacked[1],
             ),
             "recovery": settings.recovery.model_copy(update=ages),
             "purge": settings.purge.model_copy(update={"retention": config.retention}),

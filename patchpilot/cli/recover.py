@@ -54,6 +54,7 @@ def site(settings: Settings, cluster: str) -> Site:
         broker=settings.cluster(cluster).broker_name,
         sep=settings.celery.sep,
         priority_steps=settings.celery.priority_steps or (),
+        unacked=(settings.celery.unacked_key, settings.celery.unacked_index_key),
     )
 
 

@@ -37,7 +37,7 @@ class Housekeeping:
         self._clock = clock
         self._stale = site.dead_after if stale is None else stale
         self._database = Record(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep, site.unacked)
         self._servers = servers(site)
         self._app = application(site)
 

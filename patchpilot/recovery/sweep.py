@@ -74,7 +74,7 @@ class Recovery:
     ) -> None:
         self._site = site
         self._database = Record(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep, site.unacked)
         self._servers = servers(site)
         self._apps: dict[str, Celery] = {}
         self._clock = clock

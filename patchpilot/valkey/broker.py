@@ -3,7 +3,7 @@
 Reads only, except for the canaries' queues. The layout is kombu's Redis transport's (read in kombu 5.7.0): a queue is a
 list per priority step, named ``<queue>`` or ``<queue><sep><priority>``, whose head is the newest message; what a
 consumer took is in the hash ``unacked`` under its delivery tag, with the time it was taken in the sorted set
-``unacked_index``.
+``unacked_index``, if the application does not call them otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from patchpilot.errors import NeedsOperator, Transient
 
 SEPARATOR = "\x06\x16"
 """kombu's own, where the broker transport options have no ``sep``."""
+
+UNACKED = ("unacked", "unacked_index")
+"""kombu's own, where they have no ``unacked_key`` and ``unacked_index_key``."""
 
 _CHUNK = 1000
 MESSAGE_ID = "patchpilot_message"
@@ -77,12 +80,21 @@ class Broker:
     :param prefix: the ``global_keyprefix`` of the application's broker transport options.
     :param name: what the record calls it, if not by its address.
     :param sep: the ``sep`` of the options.
+    :param unacked: the ``unacked_key`` and the ``unacked_index_key`` of the options.
     """
 
-    def __init__(self, url: str, prefix: str = "", name: str | None = None, sep: str = SEPARATOR) -> None:
+    def __init__(
+        self,
+        url: str,
+        prefix: str = "",
+        name: str | None = None,
+        sep: str = SEPARATOR,
+        unacked: tuple[str, str] = UNACKED,
+    ) -> None:
         self._client = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
         self._prefix = prefix
         self._sep = sep
+        self._unacked_key, self._index_key = (f"{prefix}{key}" for key in unacked)
         self._url = mask(url)
         self._own = {found for found in (name, name_of_url(url, prefix)) if found}
         self.name = name or name_of_url(url, prefix)
@@ -259,9 +271,8 @@ class Broker:
                 yield from (Delivery(name, queue, raw, _message(raw)) for raw in self._all(name))
 
     def _abandonable(self) -> Iterator[Delivery]:
-        key = f"{self._prefix}unacked"
-        for tag, raw in self._client.hscan_iter(key, count=_CHUNK):
-            yield Delivery(key, None, raw, _message(raw, unacked=True), tag.decode())
+        for tag, raw in self._client.hscan_iter(self._unacked_key, count=_CHUNK):
+            yield Delivery(self._unacked_key, None, raw, _message(raw, unacked=True), tag.decode())
 
     def _queued(self, queue: str) -> Iterator[str]:
         for name in self._lists(queue):
@@ -279,11 +290,11 @@ class Broker:
         return list(chunk)
 
     def _taken(self) -> Iterator[tuple[str, float]]:
-        for tag, at in self._client.zscan_iter(f"{self._prefix}unacked_index", count=_CHUNK):
+        for tag, at in self._client.zscan_iter(self._index_key, count=_CHUNK):
             yield tag.decode(), at
 
     def _unacked(self) -> Iterator[tuple[str, str]]:
-        for tag, raw in self._client.hscan_iter(f"{self._prefix}unacked", count=_CHUNK):
+        for tag, raw in self._client.hscan_iter(self._unacked_key, count=_CHUNK):
             if found := _message_id(_message(raw, unacked=True)):
                 yield found, tag.decode()
 

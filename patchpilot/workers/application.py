@@ -23,7 +23,9 @@ from patchpilot.backend.install import TRANSPORT
 from patchpilot.backend.routes import as_recorded
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import PATIENCE
-from patchpilot.valkey.broker import SEPARATOR
+from patchpilot.valkey.broker import SEPARATOR, UNACKED
+
+_UNACKED_OPTIONS = ("unacked_key", "unacked_index_key")
 
 _PUBLISH_RETRIES = {"max_retries": 10, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 2.0}
 
@@ -56,6 +58,8 @@ class Site:
     """Of its broker transport options, as the next."""
     priority_steps: tuple[int, ...] = ()
     """Kombu's own, if there are none."""
+    unacked: tuple[str, str] = UNACKED
+    """``unacked_key`` and ``unacked_index_key`` of the options."""
 
     @property
     def in_results(self) -> tuple[str, ...]:
@@ -74,6 +78,8 @@ def application(site: Site, serializer: str = "json") -> Celery:
         options["sep"] = site.sep
     if site.priority_steps:
         options["priority_steps"] = list(site.priority_steps)
+    if site.unacked != UNACKED:
+        options |= dict(zip(_UNACKED_OPTIONS, site.unacked, strict=True))
     app.conf.update(
         broker_url=endpoint,
         broker_transport=TRANSPORT,
@@ -125,6 +131,7 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
         broker=conf.get(BROKER),
         sep=options.get("sep") or SEPARATOR,
         priority_steps=tuple(options.get("priority_steps") or ()),
+        unacked=_unacked(options),
     )
 
 
@@ -132,6 +139,11 @@ def _results(conf: Any) -> str:
     """The URL of the Valkey of the result backend; empty if it is none, and chords have no keys but the broker's."""
     url = str(conf.result_backend or "").removeprefix("patchpilot+")
     return _encrypted(url, conf.redis_backend_use_ssl) if url.startswith(("redis://", "rediss://")) else ""
+
+
+def _unacked(options: Mapping[str, Any]) -> tuple[str, str]:
+    key, index = (options.get(name) or usual for name, usual in zip(_UNACKED_OPTIONS, UNACKED, strict=True))
+    return key, index
 
 
 def _encrypted(url: str, options: Any) -> str:

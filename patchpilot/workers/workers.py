@@ -38,7 +38,7 @@ class Workers:
         self._clock = clock
         self._stale = stale
         self._database = Database(site.dsn, clock=clock)
-        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep)
+        self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep, site.unacked)
         self._apps: dict[str, Celery] = {}
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import redis
 
+from patchpilot.clock import SYSTEM
 from patchpilot.errors import NeedsOperator
 from patchpilot.recovery import Finding, Recovery, Site, Window
 from patchpilot.recovery.housekeeping import Housekeeping
@@ -87,3 +88,19 @@ def test_lists_of_other_queues_are_not_taken_for_those_of_ours(shop: Shop, broke
     add.apply_async((1, 1), queue="ours:7")
     with Recovery(Site(shop.broker, shop.dsn)) as recovery:
         assert told(recovery.survey(NOW)) == [(task, "message-lost", True)]
+
+
+def test_what_was_taken_is_found_under_the_keys_of_the_application(
+    shop: Shop, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"unacked_key": "taken", "unacked_index_key": "taken-when"}
+    monkeypatch.setitem(app.conf, "broker_transport_options", options)
+    task = add.delay(1, 1).id
+    [raw] = broker.lrange("celery", 0, -1)
+    broker.delete("celery")
+    broker.hset("taken", "tag", json.dumps([json.loads(raw), "", "celery"]))
+    broker.zadd("taken-when", {"tag": SYSTEM.now().timestamp()})
+    with Recovery(site_of(app)) as recovery:
+        assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(task, "abandoned")]
+    assert ids(broker, "celery") == [task]
+    assert not broker.exists("taken", "taken-when")

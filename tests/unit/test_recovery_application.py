@@ -46,12 +46,15 @@ def test_the_command_of_an_application_asks_as_the_application_does() -> None:
     app = Celery("at-hand", broker="redis://h:1/2", set_as_current=False)
     app.conf.update(
         patchpilot_postgres="postgresql://h/x", control_exchange="mine",
-        broker_transport_options={"fanout_prefix": False, "sep": ":", "priority_steps": [0, 5]},
+        broker_transport_options={
+            "fanout_prefix": False, "sep": ":", "priority_steps": [0, 5], "unacked_key": "taken",
+        },
     )  # fmt: skip
     settings = _of_application(Settings(), site_of(app), Config.of(app))
     found = site(settings, NAME)
     assert (found.control_exchange, found.fanout_prefix) == ("mine", False)
     assert (found.sep, found.priority_steps) == (":", (0, 5))
+    assert found.unacked == ("taken", "unacked_index")
 
 
 def test_a_plain_endpoint_stays_as_it_is() -> None:
