@@ -20,6 +20,12 @@ def legible(text: str, keep: str = "") -> str:
     return text if text.isprintable() else "".join(each if each in keep else _escaped(each) for each in text)
 
 
+def encodable(text: str, stream: object) -> str:
+    """``text`` with an escape for each character that the encoding of ``stream`` does not have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _escaped(each: str) -> str:
     return each.encode("unicode_escape").decode() if unicodedata.category(each) in _UNPRINTED else each
 

@@ -19,7 +19,7 @@ import typer
 from patchpilot.dsn import masked
 from patchpilot.durations import parse_duration
 from patchpilot.errors import Usage
-from patchpilot.legible import legible
+from patchpilot.legible import encodable, legible
 from patchpilot.settings import Settings, load
 
 
@@ -92,10 +92,7 @@ def shortened(cell: str) -> str:
 
 
 def _print(text: str, stream: TextIO) -> None:
-    """Print ``text``, with an escape for what the stream's encoding does not have."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    encodable = text.encode(encoding, "backslashreplace").decode(encoding)
-    print(encodable, file=stream, flush=True)
+    print(encodable(text, stream), file=stream, flush=True)
 
 
 _change: ContextVar[Callable[[Settings], Settings]] = ContextVar("patchpilot_change", default=lambda settings: settings)

@@ -144,6 +144,17 @@ def test_the_command_says_what_it_would_do_and_does_it_once(project: Project, lo
         worker.wait()
 
 
+def test_the_command_shows_names_and_does_not_obey_them(
+    project: Project, lost: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Database(dsn_of(project)) as database:
+        database.execute("UPDATE patchpilot.chord SET callback_name = %s", ["evil\x1b[2J\r\nINJECTED é"])
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    dry = project.manage("recover_stuck_chords", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.count(r" evil\x1b[2J\r\nINJECTED \xe9 0/2, ") == len(lost)
+
+
 ADMIN = """
 import json, sys
 from django.contrib.auth.models import Permission, User

@@ -104,6 +104,15 @@ def test_a_newer_schema_is_used_unless_it_says_that_it_needs_a_newer_version(dsn
         assert database.fetch("SELECT 1 AS one") == [{"one": 1}]  # as workers do
 
 
+def test_who_looks_at_the_schema_first_is_no_more_patient_for_that(dsn: str) -> None:
+    with Database(dsn) as database:
+        migrate(database)
+    with psycopg.connect(dsn) as holder, Record(dsn, patience=0.5, budget=0) as record:
+        holder.execute("LOCK TABLE patchpilot.migration")
+        with pytest.raises(Transient, match=r"no answer for 0\.5 s"):
+            record.fetch("SELECT 1")
+
+
 def test_the_names_of_migrations_say_what_they_need_correctly() -> None:
     for migration in migrations():
         check([migration.name], migration.number)

@@ -13,7 +13,7 @@ from patchpilot.contrib.django.conf import site
 from patchpilot.dsn import mask
 from patchpilot.durations import ago, parse_duration
 from patchpilot.errors import Exit, PatchpilotError
-from patchpilot.legible import legible
+from patchpilot.legible import encodable, legible
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.quiet import headline, rest
@@ -54,7 +54,7 @@ class Command(BaseCommand):
             sweep = recovery.look(window, KINDS) if dry_run else recovery.sweep(window, only=KINDS)
         done = None if dry_run else {(it.kind, it.id) for it in sweep.applied}
         for finding in sweep.findings:
-            self.stdout.write(_line(finding, done))
+            self.stdout.write(encodable(_line(finding, done), self.stdout))
         if not sweep.findings:
             self.stdout.write(headline(sweep.quiet, KINDS))
         for line in rest(sweep.findings, sweep.quiet, window, KINDS):
