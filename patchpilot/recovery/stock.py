@@ -21,6 +21,11 @@ from kombu.utils.encoding import ensure_bytes
 from patchpilot.valkey.broker import Delivery
 from patchpilot.valkey.keys import Count
 
+UNREADABLE = (KombuError, LookupError, TypeError, ValueError, AttributeError)
+"""What comes of taking apart what is not as Celery writes it."""
+
+FLAW = "what its parts returned cannot be decoded: add its serialiser to celery.accept_content"
+
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -99,32 +104,38 @@ class Reader:
             body = loads(body_of(message), message["content-type"], message["content-encoding"], accept=self._accept)
             embed = body[2]
             return list(_parts(headers, embed))
-        except (KombuError, KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except UNREADABLE:
             return []
 
     def read(self, stock: Stock, count: Count) -> None:
         """Take in what has been counted of ``stock``."""
         stock.count = count
+        if count.garbled:
+            stock.flaw = "one of its keys in Valkey holds what Celery does not write there"
+            return
         try:
             stock.returned = [self.returned(raw, index) for raw, index in count.parts]
             if count.group is not None:
                 saved = result_from_tuple(self._decode(count.group)[0]["result"], app=self._app)
                 stock.order = [_shape(child) for child in saved.results]
-        except (KombuError, KeyError, TypeError, ValueError):
-            stock.flaw = "what its parts returned cannot be decoded: add its serialiser to celery.accept_content"
+        except UNREADABLE:
+            stock.flaw = FLAW
 
     def end(self, stock: Stock, metas: Iterable[bytes]) -> None:
         """Take in the results of tasks of ``stock`` that have ended: their parts count, returned or not."""
-        for raw in metas:
-            meta, serializer = self._decode(raw)
-            if meta["status"] in states.READY_STATES:
-                payload = ensure_bytes(dumps(meta["result"], serializer=serializer)[2])
-                stock.returned.append(Returned(str(meta["task_id"]), meta["status"], payload, None, serializer))
+        try:
+            for raw in metas:
+                meta, serializer = self._decode(raw)
+                if meta["status"] in states.READY_STATES:
+                    payload = ensure_bytes(dumps(meta["result"], serializer=serializer)[2])
+                    stock.returned.append(Returned(str(meta["task_id"]), meta["status"], payload, None, serializer))
+        except UNREADABLE:
+            stock.flaw = FLAW
 
     def returned(self, raw: bytes, index: int | None) -> Returned:
         """A part as Celery's own backend keeps it.
 
-        :raises KombuError: it cannot be decoded.
+        :raises UNREADABLE: it cannot be decoded.
         """
         (_, task_id, state, value), serializer = self._decode(raw)
         payload = dumps(value, serializer=serializer)[2]
@@ -189,7 +200,9 @@ def _of_signature(signature: Mapping[str, Any], around: Mapping[str, Any] = _NOT
 
 
 def _part(group_id: Any, task_id: Any, index: int | None, callback: Mapping[str, Any]) -> Iterator[Pending]:
-    yield Pending(str(group_id), str(task_id), index, callback)
+    if not callback.get("task"):
+        return
+    yield Pending(str(group_id), str(task_id), index if isinstance(index, int) else None, callback)
     # The callback of a chord within another one's header is a part of that one.
     yield from _of_signature(callback)
 
