@@ -24,7 +24,7 @@ from patchpilot.backend.routes import task_names
 from patchpilot.backend.storing import store
 from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.stock import FLAW, UNREADABLE, Reader, Returned, Stock, leaves, raw_body_of
+from patchpilot.recovery.stock import FLAW, UNREADABLE, Reader, Returned, Stock, leaves, names, raw_body_of
 from patchpilot.valkey.broker import Broker, Delivery
 from patchpilot.valkey.keys import ChordKeys
 from patchpilot.workers.application import backend_of
@@ -123,16 +123,20 @@ class Adoption:
 
     :param app: the stand-in for the application.
     :param keys: where Celery's own backend counts.
+    :param serializers: that results may be encoded with; where nothing tells, the first one.
+    :param known: that which they are encoded with, if that is known.
     """
 
     def __init__(
-        self, database: Database, broker: Broker, keys: ChordKeys, app: Celery, serializers: Iterable[str]
-    ) -> None:
+        self, database: Database, broker: Broker, keys: ChordKeys, app: Celery, serializers: Iterable[str],
+        known: str = "",
+    ) -> None:  # fmt: skip
         self._database = database
         self._broker = broker
         self._keys = keys
         self._app = app
-        self._serializer, *_ = serializers = tuple(serializers)
+        self._known = known
+        self._serializers = names(serializers)
         self._reader = Reader(app, serializers)
 
     def look(self) -> Found:
@@ -146,6 +150,7 @@ class Adoption:
                 stock = found.stocks.setdefault(part.group_id, Stock(part.group_id))
                 stock.pending[part.task_id] = part
                 stock.queue = stock.queue or delivery.queue
+                stock.content_type = stock.content_type or delivery.message["content-type"]
                 if number == 0:  # the others are parts that a chord within the header brings
                     stock.deliveries.append(delivery)
         for page in self._keys.pages():
@@ -259,12 +264,18 @@ class Adoption:
             "callback_encoding": stored.encoding,
             "unrecoverable": stored.flaw if stored.payload is None else None,
             "routes": Jsonb(routes),
-            "result_serializer": next((part.serializer for part in stock.returned), self._serializer),
+            "result_serializer": self._serializer_of(stock),
             "structure": Jsonb(stock.order) if stock.order is not None else None,
             # Parts that are not known are foreseen when they return, as those of a generator are.
             "size": verdict.total if verdict.unknown else 0,
             "broker": self._broker.name,
         }
+
+    def _serializer_of(self, stock: Stock) -> str:
+        """That of its results; a guess until a part has returned: recovery looks at what has by then."""
+        told = [part.serializer for part in stock.returned]
+        guesses = names((self._known, stock.content_type or ""))
+        return next(each for each in (*told, *guesses, *self._serializers) if each in self._serializers)
 
     def _take_the_rest(self, group_id: str) -> str | None:
         """Stop Celery's own count, take over what it has counted by now, and remove its keys.

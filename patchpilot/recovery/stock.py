@@ -15,7 +15,7 @@ from celery import Celery, states
 from celery.result import GroupResult, result_from_tuple
 from kombu.compression import decompress
 from kombu.exceptions import DecodeError, KombuError
-from kombu.serialization import dumps, loads, prepare_accept_content
+from kombu.serialization import dumps, loads, prepare_accept_content, registry
 from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.valkey.broker import Delivery
@@ -67,6 +67,8 @@ class Stock:
     """Why it cannot be read."""
     queue: str | None = None
     """Where messages of its header are."""
+    content_type: str | None = None
+    """Of these messages."""
 
     @property
     def callback(self) -> Mapping[str, Any] | None:
@@ -93,7 +95,7 @@ class Reader:
     def __init__(self, app: Celery, serializers: Iterable[str]) -> None:
         self._app = app
         self._accept = prepare_accept_content(app.conf.accept_content)
-        self._serializers = tuple(serializers)
+        self._serializers = names(serializers)
 
     def parts_of(self, message: Mapping[str, Any]) -> list[Pending]:
         """The parts that a message will bring. None, if it is of no chord or cannot be decoded."""
@@ -152,6 +154,11 @@ class Reader:
     def _loads(self, raw: bytes, serializer: str) -> Any:
         content_type, encoding, _ = dumps(None, serializer=serializer)
         return loads(raw, content_type, encoding, accept=self._accept)
+
+
+def names(serializers: Iterable[str]) -> tuple[str, ...]:
+    """``serializers`` by name: Celery lets an application say their content types, too."""
+    return tuple(dict.fromkeys(registry.type_to_name.get(each, each) for each in serializers))
 
 
 def body_of(message: Mapping[str, Any]) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -186,6 +188,49 @@ def test_a_part_that_returns_while_its_chord_is_written_down(
     assert app.AsyncResult(result.id).get(timeout=30) == [2, 70, 6]
     with Database(shop.dsn) as database:
         until(lambda: database.fetch("SELECT 1 FROM patchpilot.outbox") == [], seconds=30, what="all messages ended")
+
+
+@pytest.mark.parametrize("known", ["", "json"])
+def test_what_returns_later_tells_how_results_are_encoded(
+    shop: Shop, stock: Stock, broker: redis.Redis, known: str
+) -> None:
+    """At the adoption nothing does, or is wrong. One part returns; of the other only its task's result is there."""
+    result = stock.chord([stock.s("add", 1, 1), stock.s("add", 2, 2)], "end")
+    site = Site(shop.broker, shop.dsn, accept_content=("json", "pickle"), result_serializer=known)
+    with Housekeeping(site, stale=timedelta(seconds=4)) as housekeeping, Database(shop.dsn) as database:
+        assert [it.adopted for it in housekeeping.adopt()] == [True]
+        broker.flushall()
+        database.execute("DELETE FROM patchpilot.outbox")
+        database.execute("UPDATE patchpilot.chord SET created_at = created_at - interval '1 minute'")
+        one, other = (part.id for part in result.parent.results)
+        returned = (
+            "UPDATE patchpilot.chord_part SET state = 'SUCCESS', payload = %s, returned_at = now() WHERE task_id = %s"
+        )
+        database.execute(returned, [pickle.dumps(2), one])
+        meta = {"status": "SUCCESS", "result": 4, "traceback": None, "children": [], "task_id": other}
+        stored = "INSERT INTO patchpilot.result VALUES (%s, 'SUCCESS', %s, now() - interval '30 s')"
+        database.execute(stored, [other, pickle.dumps(meta)])
+    told: list[str] = []
+    blind = replace(site, accept_content=("json",))
+    with Recovery(blind, stale=timedelta(seconds=4), complain=lambda _, error: told.append(str(error))) as recovery:
+        assert recovery.recover(NOW) == ()
+    assert [("add its serialiser" in line, "x80" in line) for line in told] == [(True, False)]
+    with Recovery(site, stale=timedelta(seconds=4)) as recovery:
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
+    [raw] = broker.lrange("celery", 0, -1)
+    assert json.loads(raw)["headers"]["argsrepr"] == "([2, 4],)"
+
+
+@pytest.mark.parametrize(("known", "message", "recorded"), [("", "pickle", "pickle"), ("json", "pickle", "json")])
+def test_how_results_will_be_encoded_is_guessed_from_the_messages(
+    shop: Shop, stock: Stock, known: str, message: str, recorded: str
+) -> None:
+    stock.chord([stock.s("add", 1, 1).set(serializer=message)], "end")
+    accepted = ("application/json", "application/x-python-serialize")
+    site = Site(shop.broker, shop.dsn, accept_content=accepted, result_serializer=known)
+    with Housekeeping(site, stale=timedelta(seconds=4)) as housekeeping, Database(shop.dsn) as database:
+        assert [it.adopted for it in housekeeping.adopt()] == [True]
+        assert database.fetch("SELECT result_serializer FROM patchpilot.chord") == [{"result_serializer": recorded}]
 
 
 def test_what_is_read_twice_or_moves_while_the_queues_are_read(
