@@ -22,6 +22,7 @@ from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.adopt import Adoption, Verdict
 from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.valkey.broker import Broker
+from patchpilot.valkey.keys import ChordKeys
 from tests.integration.test_cli import config
 from tests.support import shop as tasks
 from tests.support.commands import patchpilot
@@ -255,6 +256,27 @@ def test_what_is_read_twice_or_moves_while_the_queues_are_read(
     assert {key: (it.adopted, it.unknown) for key, it in adopted.items()} == {it.parent.id: (True, 0) for it in results}
     with Database(shop.dsn) as database:
         assert len(database.fetch("SELECT 1 FROM patchpilot.outbox")) >= 5
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_celery_s_count_is_stopped_and_dropped_under_guard(shop: Shop, broker: redis.Redis, ordered: bool) -> None:
+    """One that somebody dispatches is not stopped, and one to which a part came since it was read is not dropped."""
+    keys = ChordKeys(shop.broker)
+    broker.mset({f"{STEM}g.s": 3, f"{STEM}g.c": "token"})
+    assert (keys.stop("g").claimed, broker.get(f"{STEM}g.s")) == (True, b"3")
+    broker.delete(f"{STEM}g.c")
+    if ordered:
+        broker.zadd(f"{STEM}g.j", {"one": 0, "two": 1})
+    else:
+        broker.rpush(f"{STEM}g.j", "one", "two")
+    count = keys.stop("g")
+    assert (count.claimed, count.size, broker.get(f"{STEM}g.s")) == (False, 3, None)
+    assert count.parts == ((b"one", 0 if ordered else None), (b"two", 1 if ordered else None))
+    assert not keys.drop("g", 1)
+    assert broker.exists(f"{STEM}g.j")
+    assert keys.drop("g", 2)
+    assert broker.keys(f"{STEM}*") == []
+    keys.close()
 
 
 def test_what_cannot_be_adopted_is_told_and_left_alone(
