@@ -9,7 +9,7 @@ dies on the way leaves what the next one finishes. Two at once write one row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import NAMESPACE_OID, uuid5
@@ -22,10 +22,9 @@ from patchpilot.backend.config import MESSAGE_ID
 from patchpilot.backend.message import attempt_of, moment
 from patchpilot.backend.routes import task_names
 from patchpilot.backend.storing import store
-from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import Connection, Database
 from patchpilot.postgres.queries import queries
-from patchpilot.recovery.stock import Reader, Returned, Stock, leaves, raw_body_of
+from patchpilot.recovery.stock import FLAW, UNREADABLE, Reader, Returned, Stock, leaves, names, raw_body_of
 from patchpilot.valkey.broker import Broker, Delivery
 from patchpilot.valkey.keys import ChordKeys
 from patchpilot.workers.application import backend_of
@@ -124,16 +123,20 @@ class Adoption:
 
     :param app: the stand-in for the application.
     :param keys: where Celery's own backend counts.
+    :param serializers: that results may be encoded with; where nothing tells, the first one.
+    :param known: that which they are encoded with, if that is known.
     """
 
     def __init__(
-        self, database: Database, broker: Broker, keys: ChordKeys, app: Celery, serializers: Iterable[str]
-    ) -> None:
+        self, database: Database, broker: Broker, keys: ChordKeys, app: Celery, serializers: Iterable[str],
+        known: str = "",
+    ) -> None:  # fmt: skip
         self._database = database
         self._broker = broker
         self._keys = keys
         self._app = app
-        self._serializer, *_ = serializers = tuple(serializers)
+        self._known = known
+        self._serializers = names(serializers)
         self._reader = Reader(app, serializers)
 
     def look(self) -> Found:
@@ -147,6 +150,7 @@ class Adoption:
                 stock = found.stocks.setdefault(part.group_id, Stock(part.group_id))
                 stock.pending[part.task_id] = part
                 stock.queue = stock.queue or delivery.queue
+                stock.content_type = stock.content_type or delivery.message["content-type"]
                 if number == 0:  # the others are parts that a chord within the header brings
                     stock.deliveries.append(delivery)
         for page in self._keys.pages():
@@ -158,8 +162,10 @@ class Adoption:
         }
         found.unfinished = sorted(group_id for group_id, adopted in on_record.items() if adopted)
         found.stocks = {key: stock for key, stock in found.stocks.items() if key not in on_record}
+        counts = {key: self._keys.count(key) for key in found.stocks}
+        found.stocks = {key: stock for key, stock in found.stocks.items() if stock.pending or not counts[key].over}
         for stock in found.stocks.values():
-            self._reader.read(stock, self._keys.count(stock.group_id))
+            self._reader.read(stock, counts[stock.group_id])
             if stock.missing:
                 self._reader.end(stock, self._keys.results(stock.missing))
         return found
@@ -170,9 +176,11 @@ class Adoption:
         :param unacked: also messages that are unacknowledged: nobody who could have taken them lives.
         :raises Transient: a server went away. What was done stays done; call again.
         """
-        verdicts = []
-        for group_id in found.unfinished:
-            self._take_the_rest(group_id)
+        verdicts = [
+            Verdict(group_id, None, 0, None, reason)
+            for group_id in found.unfinished
+            if (reason := self._take_the_rest(group_id)) is not None
+        ]
         for stock in found.stocks.values():
             verdict = judge(stock)
             if verdict.reason is None:
@@ -182,15 +190,18 @@ class Adoption:
 
     def _take(self, stock: Stock, verdict: Verdict, unacked: bool) -> Verdict:
         since = self._database.fetch(SQL["now"])[0]["now"]
+        try:
+            chord = self._chord(stock, verdict)
+        except UNREADABLE as error:
+            return replace(verdict, reason=f"its callback cannot be stored: {error}")
         taken = [it for it in stock.deliveries if it.tag is None or unacked]
         # By message: one that others pushed down or took while the broker was read was found more than once.
         rows = list({row["message_id"]: row for it in taken for row in self._marked(stock, it)}.values())
-        done = self._database.run(lambda connection: self._write(connection, stock, verdict, rows, since))
+        done = self._database.run(lambda connection: self._write(connection, chord, verdict.parts, rows, since))
         if not done:
             return replace(verdict, reason="somebody else has adopted it")
-        if not self._take_the_rest(stock.group_id):
-            return replace(verdict, reason="a worker began to dispatch its callback")
-        return replace(verdict, adopted=True)
+        reason = self._take_the_rest(stock.group_id)
+        return replace(verdict, adopted=reason is None, reason=reason)
 
     def _marked(self, stock: Stock, delivery: Delivery) -> list[dict[str, Any]]:
         """Give a message an id of ours, where it is; its row for the outbox. None, if it is there no more."""
@@ -213,15 +224,19 @@ class Adoption:
         }]  # fmt: skip
 
     def _write(
-        self, connection: Connection, stock: Stock, verdict: Verdict, rows: list[dict[str, Any]], since: Any
+        self,
+        connection: Connection,
+        chord: dict[str, Any],
+        parts: Sequence[Part],
+        rows: list[dict[str, Any]],
+        since: Any,
     ) -> bool:
-        if not connection.execute(SQL["adopt"], {**self._chord(stock, verdict), "since": since}).fetchone():
+        if not connection.execute(SQL["adopt"], {**chord, "since": since}).fetchone():
             return False
-        parts = verdict.parts
         connection.execute(
             SQL["add_parts"],
             {
-                "group_id": stock.group_id,
+                "group_id": chord["group_id"],
                 "positions": [part.position for part in parts],
                 "task_ids": [part.task_id for part in parts],
                 "states": [part.returned.state if part.returned else None for part in parts],
@@ -249,34 +264,41 @@ class Adoption:
             "callback_encoding": stored.encoding,
             "unrecoverable": stored.flaw if stored.payload is None else None,
             "routes": Jsonb(routes),
-            "result_serializer": next((part.serializer for part in stock.returned), self._serializer),
+            "result_serializer": self._serializer_of(stock),
             "structure": Jsonb(stock.order) if stock.order is not None else None,
             # Parts that are not known are foreseen when they return, as those of a generator are.
             "size": verdict.total if verdict.unknown else 0,
             "broker": self._broker.name,
         }
 
-    def _take_the_rest(self, group_id: str) -> bool:
+    def _serializer_of(self, stock: Stock) -> str:
+        """That of its results; a guess until a part has returned: recovery looks at what has by then."""
+        told = [part.serializer for part in stock.returned]
+        guesses = names((self._known, stock.content_type or ""))
+        return next(each for each in (*told, *guesses, *self._serializers) if each in self._serializers)
+
+    def _take_the_rest(self, group_id: str) -> str | None:
         """Stop Celery's own count, take over what it has counted by now, and remove its keys.
 
-        :returns: whether the chord is ours. It is not, and is given back, if somebody dispatches it.
+        :returns: why the chord is not ours, or not whole; None if it is. If somebody dispatches it, it is given back.
         """
-        backend = backend_of(self._app)
         while True:
             count = self._keys.stop(group_id)
             if count.claimed:
                 self._database.execute(SQL["give_back"], {"group_id": group_id})
-                return False
-            for raw, index in count.parts:
-                self._return(group_id, self._reader.returned(raw, index))
+                return "a worker began to dispatch its callback"
+            try:
+                returned = [self._reader.returned(raw, index) for raw, index in count.parts]
+            except UNREADABLE:
+                return f"it is on record, but a part returned meanwhile: {FLAW}, and adopt again"
+            for part in returned:
+                self._return(group_id, part)
             self._database.execute(SQL["parts_ended"], {"group_id": group_id})
             if self._keys.drop(group_id, len(count.parts)):
                 break
-        # Whoever returned the last part did so where nobody looks any more.
-        finished = backend.finish_chords([group_id])
-        for error in finished.failed.values():
-            raise NeedsOperator(f"chord {group_id} was adopted and cannot be finished: {error!r}") from error
-        return True
+        # Whoever returned the last part did so where nobody looks any more. What fails here is found by recovery.
+        backend_of(self._app).finish_chords([group_id])
+        return None
 
     def _return(self, group_id: str, part: Returned) -> None:
         row = {**part._asdict(), "group_id": group_id, "position": part.place or 0}

@@ -90,7 +90,9 @@ class Housekeeping:
         return adoption.adopt(adoption.look(), unacked=nobody)
 
     def _adoption(self) -> Adoption:
-        return Adoption(self._database, self._broker, self._servers[0], self._app, self._site.in_results)
+        site = self._site
+        known = site.result_serializer
+        return Adoption(self._database, self._broker, self._servers[0], self._app, site.in_results, known)
 
 
 def _check(hands: Hands) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import CeleryError
 from celery.states import REVOKED
-from kombu.exceptions import ContentDisallowed, KombuError, OperationalError
+from kombu.exceptions import ContentDisallowed, DecodeError, KombuError, OperationalError
 from redis.exceptions import RedisError
 
 from patchpilot.backend.backend import Backend
@@ -28,6 +28,7 @@ from patchpilot.postgres.queries import queries
 from patchpilot.recovery.evidence import Message
 from patchpilot.recovery.findings import Finding, Remedy
 from patchpilot.recovery.standing import task_ids
+from patchpilot.recovery.stock import names
 from patchpilot.workers.application import backend_of, standing_in
 
 SQL = queries("recovery")
@@ -186,8 +187,19 @@ class Remedies:
         found: defaultdict[str, list[str]] = defaultdict(list)
         asked = sorted(group_ids)
         for row in self._database.fetch(SQL["serializers"], {"group_ids": asked}) if asked else ():
-            found[row["result_serializer"]].append(row["group_id"])
+            found[self._serializer(row)].append(row["group_id"])
         return found
+
+    def _serializer(self, row: Row) -> str:
+        """That which all samples can be decoded with; the recorded one, if none can or there are none."""
+        recorded: str = row["result_serializer"]
+        for name in dict.fromkeys((recorded, *names(self._app_for(recorded).conf.result_accept_content))):
+            backend = backend_of(self._app_for(name))
+            with suppress(KombuError):
+                for sample in row["samples"]:
+                    backend.decode(sample)
+                return name
+        return recorded
 
     # -- messages -----------------------------------------------------------------------------------------------
 
@@ -353,6 +365,8 @@ def _explained(finding: Finding, error: Exception) -> PatchpilotError:
         return error
     if isinstance(error, ContentDisallowed):
         return NeedsOperator(f"{what} cannot be decoded: {error}; add its serialiser to celery.accept_content")
+    if isinstance(error, DecodeError):  # which would show what could not be decoded
+        return NeedsOperator(f"{what} cannot be decoded: add its serialiser to celery.accept_content")
     if isinstance(error, OperationalError | RedisError | OSError):
         return Transient(f"the broker went away during recovery: {error}")
     return NeedsOperator(f"{what} cannot be recovered: {error!r}")

@@ -15,11 +15,16 @@ from celery import Celery, states
 from celery.result import GroupResult, result_from_tuple
 from kombu.compression import decompress
 from kombu.exceptions import DecodeError, KombuError
-from kombu.serialization import dumps, loads, prepare_accept_content
+from kombu.serialization import dumps, loads, prepare_accept_content, registry
 from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.valkey.broker import Delivery
 from patchpilot.valkey.keys import Count
+
+UNREADABLE = (KombuError, LookupError, TypeError, ValueError, AttributeError)
+"""What comes of taking apart what is not as Celery writes it."""
+
+FLAW = "what its parts returned cannot be decoded: add its serialiser to celery.accept_content"
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -62,6 +67,8 @@ class Stock:
     """Why it cannot be read."""
     queue: str | None = None
     """Where messages of its header are."""
+    content_type: str | None = None
+    """Of these messages."""
 
     @property
     def callback(self) -> Mapping[str, Any] | None:
@@ -88,7 +95,7 @@ class Reader:
     def __init__(self, app: Celery, serializers: Iterable[str]) -> None:
         self._app = app
         self._accept = prepare_accept_content(app.conf.accept_content)
-        self._serializers = tuple(serializers)
+        self._serializers = names(serializers)
 
     def parts_of(self, message: Mapping[str, Any]) -> list[Pending]:
         """The parts that a message will bring. None, if it is of no chord or cannot be decoded."""
@@ -99,32 +106,38 @@ class Reader:
             body = loads(body_of(message), message["content-type"], message["content-encoding"], accept=self._accept)
             embed = body[2]
             return list(_parts(headers, embed))
-        except (KombuError, KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except UNREADABLE:
             return []
 
     def read(self, stock: Stock, count: Count) -> None:
         """Take in what has been counted of ``stock``."""
         stock.count = count
+        if count.garbled:
+            stock.flaw = "one of its keys in Valkey holds what Celery does not write there"
+            return
         try:
             stock.returned = [self.returned(raw, index) for raw, index in count.parts]
             if count.group is not None:
                 saved = result_from_tuple(self._decode(count.group)[0]["result"], app=self._app)
                 stock.order = [_shape(child) for child in saved.results]
-        except (KombuError, KeyError, TypeError, ValueError):
-            stock.flaw = "what its parts returned cannot be decoded: add its serialiser to celery.accept_content"
+        except UNREADABLE:
+            stock.flaw = FLAW
 
     def end(self, stock: Stock, metas: Iterable[bytes]) -> None:
         """Take in the results of tasks of ``stock`` that have ended: their parts count, returned or not."""
-        for raw in metas:
-            meta, serializer = self._decode(raw)
-            if meta["status"] in states.READY_STATES:
-                payload = ensure_bytes(dumps(meta["result"], serializer=serializer)[2])
-                stock.returned.append(Returned(str(meta["task_id"]), meta["status"], payload, None, serializer))
+        try:
+            for raw in metas:
+                meta, serializer = self._decode(raw)
+                if meta["status"] in states.READY_STATES:
+                    payload = ensure_bytes(dumps(meta["result"], serializer=serializer)[2])
+                    stock.returned.append(Returned(str(meta["task_id"]), meta["status"], payload, None, serializer))
+        except UNREADABLE:
+            stock.flaw = FLAW
 
     def returned(self, raw: bytes, index: int | None) -> Returned:
         """A part as Celery's own backend keeps it.
 
-        :raises KombuError: it cannot be decoded.
+        :raises UNREADABLE: it cannot be decoded.
         """
         (_, task_id, state, value), serializer = self._decode(raw)
         payload = dumps(value, serializer=serializer)[2]
@@ -141,6 +154,11 @@ class Reader:
     def _loads(self, raw: bytes, serializer: str) -> Any:
         content_type, encoding, _ = dumps(None, serializer=serializer)
         return loads(raw, content_type, encoding, accept=self._accept)
+
+
+def names(serializers: Iterable[str]) -> tuple[str, ...]:
+    """``serializers`` by name: Celery lets an application say their content types, too."""
+    return tuple(dict.fromkeys(registry.type_to_name.get(each, each) for each in serializers))
 
 
 def body_of(message: Mapping[str, Any]) -> bytes:
@@ -189,7 +207,9 @@ def _of_signature(signature: Mapping[str, Any], around: Mapping[str, Any] = _NOT
 
 
 def _part(group_id: Any, task_id: Any, index: int | None, callback: Mapping[str, Any]) -> Iterator[Pending]:
-    yield Pending(str(group_id), str(task_id), index, callback)
+    if not callback.get("task"):
+        return
+    yield Pending(str(group_id), str(task_id), index if isinstance(index, int) else None, callback)
     # The callback of a chord within another one's header is a part of that one.
     yield from _of_signature(callback)
 

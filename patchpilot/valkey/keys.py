@@ -45,7 +45,12 @@ if kind == 'list' then
     end
 end
 local found = {parts}
-for place = 2, 5 do found[place] = redis.call('GET', KEYS[place]) end
+for place = 2, 5 do
+    local kind = redis.call('TYPE', KEYS[place]).ok
+    if kind == 'string' then found[place] = redis.call('GET', KEYS[place])
+    else found[place] = kind ~= 'none' and '' end
+end
+if kind ~= 'zset' and kind ~= 'list' and kind ~= 'none' then found[2] = '' end
 """
 _STOP = _READ + "if not found[4] then redis.call('DEL', KEYS[2]) end return found"
 _READ += "return found"
@@ -68,12 +73,19 @@ class Count:
     parts: tuple[tuple[bytes, int | None], ...] = ()
     """What has returned, encoded, each with its place in the header if that is known."""
     size: int | None = None
-    """None if it has not been sent to its end, or that was lost."""
+    """None if it has not been sent to its end, or that was lost, or is garbled."""
     added: int = 0
     claimed: bool = False
     """Somebody dispatches its callback, or has."""
     group: bytes | None = None
     """The header's results, encoded, if they nest."""
+    garbled: bool = False
+    """One of the keys holds what Celery does not write there."""
+
+    @property
+    def over(self) -> bool:
+        """Its callback has been dispatched: all that is left is who did it."""
+        return self.claimed and self.size is None and not (self.parts or self.garbled)
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class ChordKeys:
             while True:
                 page: Any = self._client.scan(cursor, match=f"{_literally(self._stem)}*", count=PAGE)
                 cursor, found = page
-                if names := sorted({self._group_of(raw.decode()) for raw in found}):
+                if names := sorted({self._group_of(key) for raw in found if (key := _text(raw)) is not None}):
                     yield self.of(names)
                 if cursor == 0:
                     return
@@ -190,7 +202,9 @@ class ChordKeys:
             answer: Any = self._client.eval(script, len(names), *names)
         parts, size, added, claim, group = answer
         pairs = tuple((part, _place(score)) for part, score in zip(parts[::2], parts[1::2], strict=True))
-        return Count(pairs, None if size is None else int(size), int(added or 0), claim is not None, group)
+        garbled = not all(raw is None or raw.isdigit() for raw in (size, added))
+        size, added = (int(raw) if raw and raw.isdigit() else None for raw in (size, added))
+        return Count(pairs, size, added or 0, claim is not None, group, garbled)
 
     def _group_of(self, key: str) -> str:
         name = key.removeprefix(self._stem)
@@ -223,6 +237,14 @@ def _keys(group_id: str, by_suffix: Mapping[str, tuple[int, Any]]) -> Keys:
         timedelta(seconds=min(idles)) if known else None,
         None if -1 in ttls else timedelta(milliseconds=max(ttls)),
     )
+
+
+def _text(raw: bytes) -> str | None:
+    """None for what is not UTF-8: Celery has not written it."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _place(score: bytes) -> int | None:

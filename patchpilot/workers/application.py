@@ -41,6 +41,8 @@ class Site:
     accept_content: tuple[str, ...] = ("json",)
     result_accept_content: tuple[str, ...] = ()
     """In results, if that is something else."""
+    result_serializer: str = ""
+    """Of the application, if it is known. Otherwise that of a chord is on record."""
     claim_lease: timedelta = timedelta(seconds=30)
     results: str = ""
     """URL of the Valkey of the application's result backend, if that is another one."""
@@ -123,6 +125,7 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
         key_prefix=options.get("global_keyprefix") or "",
         accept_content=tuple(conf.accept_content),
         result_accept_content=tuple(conf.result_accept_content or ()),
+        result_serializer=conf.result_serializer,
         claim_lease=config.claim_lease,
         results=_results(conf),
         results_prefix=(conf.result_backend_transport_options or {}).get("global_keyprefix") or "",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +23,7 @@ from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.adopt import Adoption, Verdict
 from patchpilot.recovery.housekeeping import Housekeeping
 from patchpilot.valkey.broker import Broker
+from patchpilot.valkey.keys import ChordKeys
 from tests.integration.test_cli import config
 from tests.integration.test_outbox import tokyo
 from tests.support import shop as tasks
@@ -100,12 +103,13 @@ def test_chords_of_several_canvases_end_as_if_nothing_had_happened(
     broker.delete(f"{STEM}{nested.parent.id}.j", f"{STEM}{nested.parent.id}.d")
     assert broker.llen("celery") > 0
     planned = by_id(housekeeping.adoptable())
-    assert {it.reason for key, it in planned.items() if key != done.parent.id} == {None}
+    assert {it.reason for it in planned.values()} == {None}
+    assert done.parent.id not in planned  # it was dispatched: all that it has left is who did it
     assert planned[flat.parent.id].returned == 2
     adopted = by_id(housekeeping.adopt())
     assert all(adopted[it.parent.id].adopted for it in (flat, chains, nested, inner, late, middle, failing))
     # Of the one that was complete its callback is queued; nobody looks for it where it is not.
-    assert [key for key in by_id(housekeeping.adopt()) if key != done.parent.id] == []
+    assert housekeeping.adopt() == []
     assert [key for key in broker.keys(f"{STEM}*") if not key.endswith(b".c")] == []
     callback = [raw for raw in broker.lrange("celery", 0, -1) if json.loads(raw)["headers"]["id"] == done.id]
     broker.flushall()
@@ -200,6 +204,49 @@ def test_a_time_without_an_offset_is_in_utc_wherever_postgresql_is(
         assert database.fetch("SELECT expires FROM patchpilot.outbox") == [{"expires": soon}]
 
 
+@pytest.mark.parametrize("known", ["", "json"])
+def test_what_returns_later_tells_how_results_are_encoded(
+    shop: Shop, stock: Stock, broker: redis.Redis, known: str
+) -> None:
+    """At the adoption nothing does, or is wrong. One part returns; of the other only its task's result is there."""
+    result = stock.chord([stock.s("add", 1, 1), stock.s("add", 2, 2)], "end")
+    site = Site(shop.broker, shop.dsn, accept_content=("json", "pickle"), result_serializer=known)
+    with Housekeeping(site, stale=timedelta(seconds=4)) as housekeeping, Database(shop.dsn) as database:
+        assert [it.adopted for it in housekeeping.adopt()] == [True]
+        broker.flushall()
+        database.execute("DELETE FROM patchpilot.outbox")
+        database.execute("UPDATE patchpilot.chord SET created_at = created_at - interval '1 minute'")
+        one, other = (part.id for part in result.parent.results)
+        returned = (
+            "UPDATE patchpilot.chord_part SET state = 'SUCCESS', payload = %s, returned_at = now() WHERE task_id = %s"
+        )
+        database.execute(returned, [pickle.dumps(2), one])
+        meta = {"status": "SUCCESS", "result": 4, "traceback": None, "children": [], "task_id": other}
+        stored = "INSERT INTO patchpilot.result VALUES (%s, 'SUCCESS', %s, now() - interval '30 s')"
+        database.execute(stored, [other, pickle.dumps(meta)])
+    told: list[str] = []
+    blind = replace(site, accept_content=("json",))
+    with Recovery(blind, stale=timedelta(seconds=4), complain=lambda _, error: told.append(str(error))) as recovery:
+        assert recovery.recover(NOW) == ()
+    assert [("add its serialiser" in line, "x80" in line) for line in told] == [(True, False)]
+    with Recovery(site, stale=timedelta(seconds=4)) as recovery:
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
+    [raw] = broker.lrange("celery", 0, -1)
+    assert json.loads(raw)["headers"]["argsrepr"] == "([2, 4],)"
+
+
+@pytest.mark.parametrize(("known", "message", "recorded"), [("", "pickle", "pickle"), ("json", "pickle", "json")])
+def test_how_results_will_be_encoded_is_guessed_from_the_messages(
+    shop: Shop, stock: Stock, known: str, message: str, recorded: str
+) -> None:
+    stock.chord([stock.s("add", 1, 1).set(serializer=message)], "end")
+    accepted = ("application/json", "application/x-python-serialize")
+    site = Site(shop.broker, shop.dsn, accept_content=accepted, result_serializer=known)
+    with Housekeeping(site, stale=timedelta(seconds=4)) as housekeeping, Database(shop.dsn) as database:
+        assert [it.adopted for it in housekeeping.adopt()] == [True]
+        assert database.fetch("SELECT result_serializer FROM patchpilot.chord") == [{"result_serializer": recorded}]
+
+
 def test_what_is_read_twice_or_moves_while_the_queues_are_read(
     shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +271,27 @@ def test_what_is_read_twice_or_moves_while_the_queues_are_read(
         assert len(database.fetch("SELECT 1 FROM patchpilot.outbox")) >= 5
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_celery_s_count_is_stopped_and_dropped_under_guard(shop: Shop, broker: redis.Redis, ordered: bool) -> None:
+    """One that somebody dispatches is not stopped, and one to which a part came since it was read is not dropped."""
+    keys = ChordKeys(shop.broker)
+    broker.mset({f"{STEM}g.s": 3, f"{STEM}g.c": "token"})
+    assert (keys.stop("g").claimed, broker.get(f"{STEM}g.s")) == (True, b"3")
+    broker.delete(f"{STEM}g.c")
+    if ordered:
+        broker.zadd(f"{STEM}g.j", {"one": 0, "two": 1})
+    else:
+        broker.rpush(f"{STEM}g.j", "one", "two")
+    count = keys.stop("g")
+    assert (count.claimed, count.size, broker.get(f"{STEM}g.s")) == (False, 3, None)
+    assert count.parts == ((b"one", 0 if ordered else None), (b"two", 1 if ordered else None))
+    assert not keys.drop("g", 1)
+    assert broker.exists(f"{STEM}g.j")
+    assert keys.drop("g", 2)
+    assert broker.keys(f"{STEM}*") == []
+    keys.close()
+
+
 def test_what_cannot_be_adopted_is_told_and_left_alone(
     shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis
 ) -> None:
@@ -235,11 +303,28 @@ def test_what_cannot_be_adopted_is_told_and_left_alone(
     broker.set(f"{STEM}{dispatching.parent.id}.c", "token")
     garbled = stock.chord([stock.s("add", 4, 1), stock.s("add", 4, 2)], "garbled")
     broker.zadd(f"{STEM}{garbled.parent.id}.j", {b"\x80\x04garbled": 0})
+    uncounted, listed, unheard = [stock.chord([stock.s("add", 5, 1), stock.s("add", 5, 2)], "odd") for _ in range(3)]
+    broker.set(f"{STEM}{uncounted.parent.id}.s", "abc")
+    broker.delete(f"{STEM}{listed.parent.id}.s")
+    broker.lpush(f"{STEM}{listed.parent.id}.s", "2")
+    broker.set(f"{STEM}{unheard.parent.id}.j", "abc")
+    nest = [chain(stock.s("add", 6, 1), group(stock.s("add", 1), stock.s("add", 2)))]
+    foreign, stateless = [stock.chord([*nest, stock.s("add", 6, 2).set(queue="gone")], "nest") for _ in range(2)]
+    for result, meta in ((foreign, b"\x80\x04garbled"), (stateless, json.dumps({"result": 1}))):
+        broker.set(f"celery-task-meta-{result.parent.results[-1].id}", meta)
+    broker.delete("gone")
+    broker.lpush("celery", "garbage", "[1]", '"x"', '{"headers": null, "properties": {}, "body": "x"}')
+    broker.hset("unacked", mapping={"1": "garbage", "2": "[1]", "3": "[]"})
+    broker.set(b"celery-taskset-meta-\xff.s", 1)
     ours = app.AsyncResult(tasks.add.apply_async((5, 5)).id)
     before = {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")}
     told = by_id(housekeeping.adopt())
     assert {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")} == before
-    words = {unsized: "its size is not in Valkey", gone: "no message", dispatching: "dispatches", garbled: "decoded"}
+    words = {
+        unsized: "its size is not in Valkey", gone: "no message", dispatching: "dispatches", garbled: "decoded",
+        uncounted: "does not write", listed: "does not write", unheard: "does not write", foreign: "decoded",
+        stateless: "decoded",
+    }  # fmt: skip
     for result, word in words.items():
         assert word in str(told[result.parent.id].reason), told
         assert not told[result.parent.id].adopted
@@ -247,7 +332,7 @@ def test_what_cannot_be_adopted_is_told_and_left_alone(
     assert ours.id not in str(told)
     done = patchpilot("recover", "--adopt", "--dry-run", "--config", config(shop.directory, shop.dsn, shop.broker))
     assert done.returncode == 0, done.stderr
-    assert "0 of 4 can be adopted" in done.stderr
+    assert "0 of 9 can be adopted" in done.stderr
     assert "no message of its header is left" in done.stdout
 
 

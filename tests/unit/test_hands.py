@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from patchpilot.errors import NeedsOperator
 from patchpilot.recovery.hands import Hands
+from patchpilot.recovery.housekeeping import _check
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,24 @@ def test_whoever_may_have_something_is_named(hands: Hands, words: str) -> None:
     [doubt] = hands.doubts
     assert words in doubt
     assert hands.may_have({"queue": "celery", "routing_key": "celery", "exchange": ""})
+
+
+@pytest.mark.parametrize(
+    ("hands", "words"),
+    [
+        (Hands(answered=frozenset({"i"}), strangers=1), "nothing is adopted: 1 that listen"),
+        (Hands(answered=frozenset({"i"}), unreached=frozenset({"/0.mine.pidbox"})), "/0.mine.pidbox"),
+        (Hands(answered=frozenset({"i"}), places=None), "without patchpilot"),
+        (Hands(answered=frozenset({"i"}), places=frozenset({"celery"})), "without patchpilot"),
+    ],
+)
+def test_nothing_is_adopted_beside_who_may_have_no_patchpilot(hands: Hands, words: str) -> None:
+    with pytest.raises(NeedsOperator, match=re.escape(words)):
+        _check(hands)
+
+
+def test_workers_with_patchpilot_are_no_hindrance_to_adoption_if_they_are_busy() -> None:
+    _check(Hands(answered=frozenset({"i"}), silent=frozenset({"a@h"}), unread=True))
 
 
 def test_where_everybody_has_answered_there_is_no_doubt() -> None:

@@ -45,7 +45,7 @@ def test_workers_are_asked_where_the_site_says() -> None:
 def test_the_command_of_an_application_asks_as_the_application_does() -> None:
     app = Celery("at-hand", broker="redis://h:1/2", set_as_current=False)
     app.conf.update(
-        patchpilot_postgres="postgresql://h/x", control_exchange="mine",
+        patchpilot_postgres="postgresql://h/x", control_exchange="mine", result_serializer="pickle",
         broker_transport_options={
             "fanout_prefix": False, "sep": ":", "priority_steps": [0, 5], "unacked_key": "taken",
         },
@@ -53,6 +53,7 @@ def test_the_command_of_an_application_asks_as_the_application_does() -> None:
     settings = _of_application(Settings(), site_of(app), Config.of(app))
     found = site(settings, NAME)
     assert (found.control_exchange, found.fanout_prefix) == ("mine", False)
+    assert found.result_serializer == "pickle"
     assert (found.sep, found.priority_steps) == (":", (0, 5))
     assert found.unacked == ("taken", "unacked_index")
 

@@ -314,7 +314,12 @@ SELECT applied_at, kind, subject, diagnosis, remedy, callback, reason
 FROM patchpilot.remedy WHERE run_id = %(run_id)s ORDER BY id
 
 -- name: serializers
-SELECT group_id, result_serializer FROM patchpilot.chord WHERE group_id = ANY(%(group_ids)s)
+-- Of a chord that was adopted it is a guess: what its parts and their tasks left tells better.
+SELECT c.group_id, c.result_serializer, CASE WHEN c.opener = 'adopted' THEN ARRAY(
+    SELECT coalesce(p.payload, r.meta) FROM patchpilot.chord_part p LEFT JOIN patchpilot.result r USING (task_id)
+    WHERE p.group_id = c.group_id AND coalesce(p.payload, r.meta) IS NOT NULL ORDER BY p.returned_at, p.position LIMIT 10
+) ELSE '{}' END AS samples
+FROM patchpilot.chord c WHERE c.group_id = ANY(%(group_ids)s)
 
 -- name: repeated_starts
 -- Callbacks that started more than once because a worker died inside them: their effect may have happened twice.
