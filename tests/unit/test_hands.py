@@ -24,6 +24,24 @@ def test_whoever_may_have_something_is_named(hands: Hands, words: str) -> None:
     assert hands.may_have({"queue": "celery", "routing_key": "celery", "exchange": ""})
 
 
+@pytest.mark.parametrize(
+    ("exchange", "queue", "routing_key", "expected"),
+    [
+        ("papers", None, "news.today", True),  # sent to an exchange, whatever is bound to it
+        ("papers", "news", "news.today", True),
+        ("others", None, "news.today", False),
+        ("", None, "papers", True),
+        ("others", "papers", "x", True),
+        ("", None, "news", False),
+    ],
+)
+def test_a_worker_without_patchpilot_may_have_what_was_sent_to_where_it_consumes(
+    exchange: str, queue: str | None, routing_key: str, *, expected: bool
+) -> None:
+    hands = Hands(answered=frozenset({"i"}), places=frozenset({"papers"}))
+    assert hands.may_have({"queue": queue, "routing_key": routing_key, "exchange": exchange}) is expected
+
+
 def test_where_everybody_has_answered_there_is_no_doubt() -> None:
     hands = Hands(answered=frozenset({"i"}))
     assert hands.doubts == ()
