@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from datetime import timedelta
 from typing import Any, LiteralString
@@ -18,6 +19,7 @@ from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Window, evidence, hands
 from patchpilot.recovery.quiet import Outside
 from patchpilot.recovery.remedy import Remedies
+from patchpilot.valkey.broker import MESSAGE_ID, Broker
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, total
 
@@ -218,6 +220,42 @@ def test_from_a_recovery_on_parts_are_counted_in_postgresql(shop: Shop, recovery
     assert recovery.recover(NOW) == ()
     returned = app.backend.chords.return_part(other, "SUCCESS", 4)
     assert returned.counted_here
+
+
+def test_a_long_queue_is_read_in_pages(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
+    result = chord([add.s(i, i) for i in range(2500)], total.s()).apply_async()
+    assert recovery.survey(NOW) == ()
+    for place in (1, 1000, 2496):  # of those that are left each time
+        broker.lrem("celery", 1, broker.lindex("celery", place))
+    broker.config_resetstat()
+    [found] = recovery.survey(NOW)
+    assert (found.id, found.diagnosis, len(found.messages)) == (result.parent.id, "header-message-lost", 3)
+    pages = broker.info("commandstats")["cmdstat_lrange"]["calls"]
+    # Twice: each of ten priorities to its end, and three full pages.
+    assert pages <= 2 * (10 + 3)
+
+
+def test_what_stays_in_a_queue_that_moves_while_it_is_read_is_seen(
+    shop: Shop, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At one end messages arrive, at the other they are taken."""
+    ids = [str(number) for number in range(5000)]
+    broker.lpush("celery", *(json.dumps({"headers": {MESSAGE_ID: it}}) for it in ids))
+    lrange = redis.Redis.lrange
+    rounds = 0
+
+    def moving(self: redis.Redis, name: str, start: int, end: int) -> Any:
+        nonlocal rounds
+        rounds += name == "celery"
+        page = lrange(self, name, start, end)
+        broker.lpush("celery", json.dumps({"headers": {MESSAGE_ID: f"new {rounds}"}}))
+        broker.rpop("celery")
+        return page
+
+    monkeypatch.setattr(redis.Redis, "lrange", moving)
+    left = ids[20:]
+    assert not {*left} - Broker(shop.broker).holdings(["celery"]).queued
+    assert 2 < rounds < 20
 
 
 def test_what_workers_without_patchpilot_run_and_remember_is_believed(

@@ -32,6 +32,7 @@ def test_whoever_may_have_something_is_named(hands: Hands, words: str) -> None:
         ("others", None, "news.today", False),
         ("", None, "papers", True),
         ("others", "papers", "x", True),
+        ("", "others", "papers", True),  # the queue's name is that of the exchange's binding, if there is one
         ("", None, "news", False),
     ],
 )
