@@ -54,6 +54,9 @@ def test_a_frozen_worker_keeps_what_it_has(shop: Shop, recovery: Recovery) -> No
         sweep = recovery.sweep(NOW)
         assert sweep.applied == ()
         assert {it.diagnosis for it in sweep.findings} == {"unknown"}
+        [why] = {it.reason for it in sweep.findings}
+        assert worker.name in why
+        assert "more that listen" not in why, "one that is known to live was counted as a stranger as well"
     finally:
         os.killpg(worker.process.pid, signal.SIGCONT)
     until(lambda: recovery.survey(NOW) == (), seconds=60, what="the worker answered")

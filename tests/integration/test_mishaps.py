@@ -150,6 +150,9 @@ def test_a_message_that_nobody_can_push_keeps_no_other_from_being_sent_again(sho
     [(complained, why)] = complaints
     assert complained == poisoned.id
     assert "no such" in why
+    with Database(shop.dsn) as database:  # what has not reached the broker is refused by nobody there
+        pushes = database.fetch("SELECT task_id, pushes FROM patchpilot.outbox")
+    assert {row["task_id"]: row["pushes"] for row in pushes} == {poisoned.id: 0, lost.id: 1}
     shop.worker("-c", "1")
     assert lost.get(timeout=60) == 4
 

@@ -140,9 +140,9 @@ def test_a_batch_of_endings_costs_the_same_number_of_statements(shop: Shop, endi
 HISTORY: dict[str, LiteralString] = {
     "chords that are over": """
         INSERT INTO patchpilot.chord (group_id, state, callback_id, callback_name, callback, callback_type,
-            callback_encoding, opener, result_serializer, created_at, finished_at, broker)
+            callback_encoding, opener, result_serializer, created_at, finished_at, broker, counting, swept)
         SELECT 'g' || n, 'dispatched', 'c' || n, 'shop.total', 'x', 't', 'e', 'o', 'json', now() - interval '2 h',
-            now() - interval '1 h', 'b' FROM generate_series(1, %(closed)s) n
+            now() - interval '1 h', 'b', 'valkey', n > 10 FROM generate_series(1, %(closed)s) n
     """,
     "their parts": """
         INSERT INTO patchpilot.chord_part (group_id, position, task_id, state, payload, returned_at)
@@ -214,7 +214,8 @@ def parameters(connection: psycopg.Connection[dict[str, Any]]) -> dict[str, Any]
         "lease": timedelta(seconds=30), "ordered": True, "states": ["dispatched"] * BATCH,
         "since": SYSTEM.now() - timedelta(days=1), "created_at": [SYSTEM.now()] * BATCH,
         "age": timedelta(minutes=10), "error": "x", "task_ids": [f"ot{number}-0" for number in range(1, BATCH + 1)],
-        "payloads": [b"x"] * BATCH, "metas": [b"x"] * BATCH, "expires": timedelta(days=1),
+        "payloads": [b"x"] * BATCH, "metas": [b"x"] * BATCH, "expires": timedelta(days=1), "batch": BATCH,
+        "retention": timedelta(days=7),
     }  # fmt: skip
 
 
@@ -234,6 +235,8 @@ ASKED = [
     *(("chords", name) for name in ("ready", "claim", "join", "finish", "release")),
     *(("inventory", name) for name in ("by_callback", "backlog", "elsewhere")),
     ("canaries", "purge"),
+    *(("strays", name) for name in queries("strays")),
+    *(("purge", name) for name in queries("purge")),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, LiteralString
 
 import pytest
 import redis
@@ -230,6 +230,14 @@ def test_what_is_only_watched_is_never_taken(shop: Shop) -> None:
         assert len(database.fetch(evidence.SQL["take"], asked)) == 1
 
 
+def test_of_several_recoveries_that_saw_a_message_one_takes_it(shop: Shop) -> None:
+    add.delay(1, 1)
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("SELECT message_id::text, resends FROM patchpilot.outbox")
+        asked = {"message_ids": [row["message_id"]], "resends": [row["resends"]]}
+        assert [len(database.fetch(evidence.SQL["take"], asked)) for _ in range(2)] == [1, 0]
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_topic_exchange_that_another_process_declared_is_known_by_its_bindings(
     shop: Shop, broker: redis.Redis, *, taken: bool
@@ -272,7 +280,18 @@ def test_the_message_of_a_task_that_has_ended_is_closed_unless_somebody_has_sent
             assert len(database.fetch("SELECT FROM patchpilot.outbox")) == left
 
 
-def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop: Shop) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        "chord SET publish_error = 'E' WHERE state = 'open'",
+        "chord SET shadow = true WHERE state = 'open'",
+        "chord_part SET state = 'FAILURE', payload = 'x', returned_at = now()",
+    ],
+)
+def test_around_a_chord_that_failed_one_that_does_not_wait_for_it_or_is_left_alone_is_not_ended(
+    shop: Shop, change: LiteralString
+) -> None:
+    """Its sending raised, or it is only watched; or somebody has returned the part, and is at the end of it himself."""
     chord([chord([add.s(1, 1)], total.s(label="inner")), add.s(2, 2)], total.s(label="outer")).apply_async()
     with Database(shop.dsn) as database:
         database.execute(
@@ -281,7 +300,7 @@ def test_around_a_chord_that_failed_one_whose_sending_raised_is_left_alone(shop:
         )
         asked = {"task_ids": [row["callback_id"] for row in database.fetch("SELECT callback_id FROM patchpilot.chord")]}
         assert len(database.fetch(evidence.SQL["around"], asked)) == 1
-        database.execute("UPDATE patchpilot.chord SET publish_error = 'E' WHERE state = 'open'")
+        database.execute(f"UPDATE patchpilot.{change}")
         assert database.fetch(evidence.SQL["around"], asked) == []
 
 

@@ -193,6 +193,23 @@ def test_of_a_task_that_is_in_a_header_twice_only_the_part_of_the_expired_messag
     assert shop.ledger() == ["add 2 2"]
 
 
+def test_a_part_whose_number_is_not_its_place_is_ended_as_a_worker_would_return_it(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """Celery numbers anew in groups that a generator of a header produces."""
+    same = str(uuid4())
+    chord([add.s(2, 2), doomed(task_id=same), add.s(1, 1).set(task_id=same)], total.s()).apply_async()
+    broker.delete("elsewhere")
+    with Database(shop.dsn) as database:
+        database.execute(
+            """UPDATE patchpilot.outbox SET headers = convert_to(
+                   replace(convert_from(headers, 'UTF8'), '"group_index": 1', '"group_index": 0'), 'UTF8')"""
+        )
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+        parts = database.fetch("SELECT state FROM patchpilot.chord_part ORDER BY position")
+    assert [part["state"] for part in parts] == [None, "REVOKED", "REVOKED"]
+
+
 def test_a_frozen_chord_that_is_sent_again_does_not_wait_for_what_has_expired(
     shop: Shop, recovery: Recovery, broker: redis.Redis
 ) -> None:
@@ -374,16 +391,3 @@ def test_only_one_kind_at_a_time(shop: Shop, recovery: Recovery, broker: redis.R
         assert [(it.kind, it.id) for it in recovery.sweep(NOW, only=[kind]).applied] == [(kind, subject)]
         assert broker.llen(queue) == 1
     assert recovery.survey(NOW) == ()
-
-
-def test_a_long_queue_is_read_in_pages(shop: Shop, recovery: Recovery, broker: redis.Redis) -> None:
-    result = chord([add.s(i, i) for i in range(2500)], total.s()).apply_async()
-    assert recovery.survey(NOW) == ()
-    for place in (1, 1000, 2496):  # of those that are left each time
-        broker.lrem("celery", 1, broker.lindex("celery", place))
-    broker.config_resetstat()
-    [found] = recovery.survey(NOW)
-    assert (found.id, found.diagnosis, len(found.messages)) == (result.parent.id, "header-message-lost", 3)
-    pages = broker.info("commandstats")["cmdstat_lrange"]["calls"]
-    # Twice: each of ten priorities to its end, and three full pages.
-    assert pages <= 2 * (10 + 3)

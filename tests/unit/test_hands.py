@@ -46,6 +46,25 @@ def test_workers_with_patchpilot_are_no_hindrance_to_adoption_if_they_are_busy()
     _check(Hands(answered=frozenset({"i"}), silent=frozenset({"a@h"}), unread=True))
 
 
+@pytest.mark.parametrize(
+    ("exchange", "queue", "routing_key", "expected"),
+    [
+        ("papers", None, "news.today", True),  # sent to an exchange, whatever is bound to it
+        ("papers", "news", "news.today", True),
+        ("others", None, "news.today", False),
+        ("", None, "papers", True),
+        ("others", "papers", "x", True),
+        ("", "others", "papers", True),  # the queue's name is that of the exchange's binding, if there is one
+        ("", None, "news", False),
+    ],
+)
+def test_a_worker_without_patchpilot_may_have_what_was_sent_to_where_it_consumes(
+    exchange: str, queue: str | None, routing_key: str, *, expected: bool
+) -> None:
+    hands = Hands(answered=frozenset({"i"}), places=frozenset({"papers"}))
+    assert hands.may_have({"queue": queue, "routing_key": routing_key, "exchange": exchange}) is expected
+
+
 def test_where_everybody_has_answered_there_is_no_doubt() -> None:
     hands = Hands(answered=frozenset({"i"}))
     assert hands.doubts == ()
