@@ -233,8 +233,8 @@ def test_what_is_only_watched_is_never_taken(shop: Shop) -> None:
 def test_of_several_recoveries_that_saw_a_message_one_takes_it(shop: Shop) -> None:
     add.delay(1, 1)
     with Database(shop.dsn) as database:
-        [row] = database.fetch("SELECT message_id::text, resends FROM patchpilot.outbox")
-        asked = {"message_ids": [row["message_id"]], "resends": [row["resends"]]}
+        [row] = database.fetch("SELECT message_id::text AS message_ids, resends, sent_at FROM patchpilot.outbox")
+        asked = {name: [value] for name, value in row.items()}
         assert [len(database.fetch(evidence.SQL["take"], asked)) for _ in range(2)] == [1, 0]
 
 
