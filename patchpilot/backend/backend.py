@@ -32,12 +32,13 @@ from patchpilot.backend.fence import Fence
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.install import RESULTS, set_unless_set
-from patchpilot.backend.message import Part, whose
+from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.purge import purge
 from patchpilot.backend.sockets import insisting
 from patchpilot.backend.versions import check_celery
 from patchpilot.backend.waiting import ResultConsumer
+from patchpilot.backend.whose import unsent, whose
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Row, database
 from patchpilot.postgres.queries import queries
@@ -350,6 +351,10 @@ class Backend(RedisBackend):  # type: ignore[misc]
     def call_errbacks(self, request: Any, exc: Exception) -> None:
         """Call the errbacks of what failed elsewhere, or send them: as Celery does with errbacks of their kind."""
         super()._call_task_errbacks(request, exc, None)
+
+    def chord_error_from_stack(self, callback: Signature, exc: Any = None) -> Any:
+        with unsent(callback):
+            return super().chord_error_from_stack(callback, exc)
 
     def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None:
         """Leave what the parts of a failed chord returned where Celery's Redis backend would have left it."""

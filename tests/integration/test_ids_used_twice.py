@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -18,7 +19,7 @@ from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, again, app, later, note, total
+from tests.support.shop import add, again, app, boom, later, mourn, note, total
 
 pytestmark = pytest.mark.backend
 
@@ -37,6 +38,11 @@ def messages(database: Database) -> set[str]:
     return {str(row["message_id"]) for row in database.fetch("SELECT message_id FROM patchpilot.outbox")}
 
 
+def consume_the_others() -> None:
+    ask = partial(app.control.add_consumer, "later", reply=True, limit=1)
+    until(lambda: ask(timeout=5) != [], seconds=30, what="the worker took to the other queue")
+
+
 def one_callback_of_two_chords() -> None:
     for queue in ("later", "celery"):
         callback = note.s(label=queue).set(task_id="report", queue=queue)
@@ -51,6 +57,12 @@ def one_header_of_two_chords() -> None:
     first.apply_async()
 
 
+def one_callback_of_two_chords_of_which_one_fails() -> None:
+    for queue, header in (("later", add.s(1, 1)), ("celery", boom.si())):
+        callback = note.s(label=queue).set(task_id="report", queue=queue).on_error(mourn.s())
+        chord([header], callback).apply_async()
+
+
 def one_that_sends_itself_again() -> None:
     again.apply_async((1,), task_id="poll")
 
@@ -60,9 +72,12 @@ def one_that_is_sent_twice() -> None:
         note.apply_async((1,), {"label": queue}, task_id="nightly", queue=queue)
 
 
+FAILED = "mourn"
+
 USES = {
     one_callback_of_two_chords: (1, ["callback-message-lost"], ["celery [2]"], ["later [2]"]),
     one_header_of_two_chords: (2, ["header-message-lost"], ["celery [2, 4]"], ["add 1 1", "add 2 2", "later [2, 4]"]),
+    one_callback_of_two_chords_of_which_one_fails: (1, ["callback-message-lost"], [FAILED], ["later [2]"]),
     one_that_sends_itself_again: (1, ["message-lost"], ["again 1"], ["again 0"]),
     one_that_is_sent_twice: (1, ["message-lost"], ["celery 1"], ["later 1"]),
 }
@@ -77,7 +92,7 @@ def test_what_one_message_came_to_says_nothing_of_the_other(
     send()
     shop.worker("-c", "1", "-Q", "celery")
     for line in before:
-        shop.await_line(line)
+        until(lambda line=line: any(it.startswith(line) for it in shop.ledger()), seconds=30, what=f"{line} had run")
     until(lambda: broker.llen("later") == len(messages(database)) == waiting, seconds=30, what="the others had ended")
     on_record, ran = messages(database), shop.ledger()
 
@@ -87,10 +102,29 @@ def test_what_one_message_came_to_says_nothing_of_the_other(
     broker.delete("later")
     assert [it.diagnosis for it in recovery.recover(NOW)] == lost
     assert (messages(database), broker.llen("later")) == (on_record, waiting)
-    app.control.add_consumer("later", reply=True, timeout=5, limit=1)
+    consume_the_others()
     until(lambda: messages(database) == set(), seconds=30, what="they had ended as well")
     assert sorted(shop.ledger()) == sorted([*ran, *then])
     assert recovery.survey(NOW) == recovery.recover(NOW) == ()
+
+
+def test_a_chord_that_failed_fails_the_one_around_it_and_no_other(
+    shop: Shop, recovery: Recovery, database: Database
+) -> None:
+    """Even if the callback of a chord in that has the same task id."""
+    sent = []
+    for queue, header in (("later", add.s(1, 1)), ("celery", boom.si())):
+        inner = chord([header.set(queue=queue)], total.s().set(task_id="report"))
+        sent.append(chord([inner], note.s(label=queue)).apply_async())
+    failing = sent[1]
+    shop.worker("-c", "1", "-Q", "celery")
+    until(lambda: app.AsyncResult("report").state == "FAILURE", seconds=30, what="the chord within had failed")
+    until(lambda: recovery.survey(NOW) != (), seconds=30, what="that was on record for a while")
+    assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(failing.parent.id, "part-return-interrupted")]
+    assert failing.state == "FAILURE"
+    consume_the_others()
+    shop.await_line("later [2]")
+    assert shop.ledger() == ["add 1 1", "total 2", "later [2]"]
 
 
 def test_what_is_lost_of_a_header_and_has_expired_ends_its_own_chord(
