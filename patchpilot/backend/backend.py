@@ -26,9 +26,10 @@ from patchpilot.backend.ending import LEFT
 from patchpilot.backend.fence import Fence, stop_renewal
 from patchpilot.backend.finishing import Finished, Finisher, Note
 from patchpilot.backend.heartbeat import Heartbeat
-from patchpilot.backend.message import Part, whose
+from patchpilot.backend.message import Part
 from patchpilot.backend.outbox import Outbox
 from patchpilot.backend.results import SQL, Results
+from patchpilot.backend.whose import unsent, whose
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import Row
 
@@ -219,13 +220,13 @@ class Backend(Results):
         else:
             super()._call_task_errbacks(request, exc, traceback)
 
-    def chord_error_from_stack(self, callback: Signature, exc: Any = None) -> Any:
-        with errbacks.in_place_of(callback):
-            return super().chord_error_from_stack(callback, exc)
-
     def call_errbacks(self, request: Any, exc: Exception) -> None:
         """Call the errbacks of what failed elsewhere, or send them: as Celery does with errbacks of their kind."""
         super()._call_task_errbacks(request, exc, None)
+
+    def chord_error_from_stack(self, callback: Signature, exc: Any = None) -> Any:
+        with errbacks.in_place_of(callback), unsent(callback):
+            return super().chord_error_from_stack(callback, exc)
 
     def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None:
         """Leave what the parts of a failed chord returned where Celery's Redis backend would have left it."""

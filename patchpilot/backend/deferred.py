@@ -46,5 +46,5 @@ def store(connection: Connection, results: Iterable[Results]) -> None:
     """Store what was kept. Of the same task, the last one."""
     rows = {task_id: row for kept in results for task_id, row in kept.items()}
     if rows:
-        names = ("task_id", "state", "meta", "expires")
+        names = ("task_id", "state", "meta", "expires", "result_of", "result_group")
         connection.execute(SQL["store_all"], {name: [row[name] for row in rows.values()] for name in names})

@@ -10,7 +10,6 @@ from uuid import NAMESPACE_OID, uuid4, uuid5
 
 from celery._state import get_current_worker_task
 from celery.app import amqp
-from celery.states import READY_STATES
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.serialization import dumps, loads
 from kombu.utils import json
@@ -230,17 +229,6 @@ def _is_retried_by_celery() -> bool:
 def origin(request: Any) -> str | None:
     """The message by which a task began, before it retried or replaced itself; None if it is none of ours."""
     return _text(request.get(ORIGIN) or request.get(MESSAGE_ID))
-
-
-def whose(task_id: str, state: str, request: Any) -> dict[str, str | None]:
-    """Of which message a result is, and of which group that is: of several that share a task id, one has ended.
-
-    Nothing is said of what is not final, or of a result that somebody stores who has no message of the task.
-    """
-    if request is None or state not in READY_STATES or str(request.id) != str(task_id):
-        return {"result_of": None, "result_group": None}
-    message_id = origin(request)
-    return {"result_of": message_id, "result_group": _text(request.group) or (None if message_id is None else "")}
 
 
 def name_links(request: Any) -> None:

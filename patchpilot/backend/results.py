@@ -20,11 +20,11 @@ from patchpilot.backend.config import MESSAGE_ID, Config
 from patchpilot.backend.deferred import defer
 from patchpilot.backend.ending import Endings
 from patchpilot.backend.install import RESULTS, set_unless_set
-from patchpilot.backend.message import whose
 from patchpilot.backend.purge import purge
 from patchpilot.backend.sockets import insisting
 from patchpilot.backend.versions import check_celery
 from patchpilot.backend.waiting import ResultConsumer
+from patchpilot.backend.whose import whose
 from patchpilot.errors import PatchpilotError
 from patchpilot.postgres.connection import database
 from patchpilot.postgres.queries import queries

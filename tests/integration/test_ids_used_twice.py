@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -13,12 +14,15 @@ from celery import chord, group
 from celery.app.task import Context
 
 from patchpilot.backend.config import MESSAGE_ID, ORIGIN
+from patchpilot.backend.message import Part
+from patchpilot.backend.purge import purge
 from patchpilot.clock import SYSTEM
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
+from patchpilot.postgres.queries import queries
 from patchpilot.recovery import Recovery, Window
 from tests.support.processes import Shop
-from tests.support.shop import add, again, app, later, note, total
+from tests.support.shop import add, again, app, boom, later, mourn, note, total
 
 pytestmark = pytest.mark.backend
 
@@ -37,6 +41,11 @@ def messages(database: Database) -> set[str]:
     return {str(row["message_id"]) for row in database.fetch("SELECT message_id FROM patchpilot.outbox")}
 
 
+def consume_the_others() -> None:
+    ask = partial(app.control.add_consumer, "later", reply=True, limit=1)
+    until(lambda: ask(timeout=5) != [], seconds=30, what="the worker took to the other queue")
+
+
 def one_callback_of_two_chords() -> None:
     for queue in ("later", "celery"):
         callback = note.s(label=queue).set(task_id="report", queue=queue)
@@ -51,6 +60,12 @@ def one_header_of_two_chords() -> None:
     first.apply_async()
 
 
+def one_callback_of_two_chords_of_which_one_fails() -> None:
+    for queue, header in (("later", add.s(1, 1)), ("celery", boom.si())):
+        callback = note.s(label=queue).set(task_id="report", queue=queue).on_error(mourn.s())
+        chord([header], callback).apply_async()
+
+
 def one_that_sends_itself_again() -> None:
     again.apply_async((1,), task_id="poll")
 
@@ -60,9 +75,12 @@ def one_that_is_sent_twice() -> None:
         note.apply_async((1,), {"label": queue}, task_id="nightly", queue=queue)
 
 
+FAILED = "mourn"
+
 USES = {
     one_callback_of_two_chords: (1, ["callback-message-lost"], ["celery [2]"], ["later [2]"]),
     one_header_of_two_chords: (2, ["header-message-lost"], ["celery [2, 4]"], ["add 1 1", "add 2 2", "later [2, 4]"]),
+    one_callback_of_two_chords_of_which_one_fails: (1, ["callback-message-lost"], [FAILED], ["later [2]"]),
     one_that_sends_itself_again: (1, ["message-lost"], ["again 1"], ["again 0"]),
     one_that_is_sent_twice: (1, ["message-lost"], ["celery 1"], ["later 1"]),
 }
@@ -77,7 +95,7 @@ def test_what_one_message_came_to_says_nothing_of_the_other(
     send()
     shop.worker("-c", "1", "-Q", "celery")
     for line in before:
-        shop.await_line(line)
+        until(lambda line=line: any(it.startswith(line) for it in shop.ledger()), seconds=30, what=f"{line} had run")
     until(lambda: broker.llen("later") == len(messages(database)) == waiting, seconds=30, what="the others had ended")
     on_record, ran = messages(database), shop.ledger()
 
@@ -87,10 +105,29 @@ def test_what_one_message_came_to_says_nothing_of_the_other(
     broker.delete("later")
     assert [it.diagnosis for it in recovery.recover(NOW)] == lost
     assert (messages(database), broker.llen("later")) == (on_record, waiting)
-    app.control.add_consumer("later", reply=True, timeout=5, limit=1)
+    consume_the_others()
     until(lambda: messages(database) == set(), seconds=30, what="they had ended as well")
     assert sorted(shop.ledger()) == sorted([*ran, *then])
     assert recovery.survey(NOW) == recovery.recover(NOW) == ()
+
+
+def test_a_chord_that_failed_fails_the_one_around_it_and_no_other(
+    shop: Shop, recovery: Recovery, database: Database
+) -> None:
+    """Even if the callback of a chord in that has the same task id."""
+    sent = []
+    for queue, header in (("later", add.s(1, 1)), ("celery", boom.si())):
+        inner = chord([header.set(queue=queue)], total.s().set(task_id="report"))
+        sent.append(chord([inner], note.s(label=queue)).apply_async())
+    failing = sent[1]
+    shop.worker("-c", "1", "-Q", "celery")
+    until(lambda: app.AsyncResult("report").state == "FAILURE", seconds=30, what="the chord within had failed")
+    until(lambda: recovery.survey(NOW) != (), seconds=30, what="that was on record for a while")
+    assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(failing.parent.id, "part-return-interrupted")]
+    assert failing.state == "FAILURE"
+    consume_the_others()
+    shop.await_line("later [2]")
+    assert shop.ledger() == ["add 1 1", "total 2", "later [2]"]
 
 
 def test_what_is_lost_of_a_header_and_has_expired_ends_its_own_chord(
@@ -107,6 +144,77 @@ def test_what_is_lost_of_a_header_and_has_expired_ends_its_own_chord(
     assert expired.state == "FAILURE"
     assert app.AsyncResult("part").state == "SUCCESS"
     assert recovery.survey(NOW) == ()
+
+
+def sent_twice(database: Database) -> tuple[str, str]:
+    """Two messages with one task id, long ago. The first one has ended, and its worker could not say so here."""
+    for number in (1, 2):
+        note.apply_async((number,), task_id="nightly")
+    database.execute("UPDATE patchpilot.outbox SET sent_at = now() - interval '30 d'")
+    first, second = database.fetch("SELECT message_id::text AS id FROM patchpilot.outbox ORDER BY recorded_at")
+    app.backend.store_result("nightly", 1, "SUCCESS", request=Context(id="nightly", **{MESSAGE_ID: first["id"]}))
+    return first["id"], second["id"]
+
+
+def test_what_is_over_is_taken_away_and_nothing_else(shop: Shop, database: Database) -> None:
+    """Whatever it was that somebody saw before."""
+    over, well = sent_twice(database)
+    asked = {"group_id": None, "callback_ids": ["nightly"], "created_at": SYSTEM.now() - timedelta(days=1)}
+    assert len(database.fetch(queries("inventory")["callback_messages"], asked)) == 1
+    assert purge(database, timedelta(days=7))["messages"] == 1
+    assert messages(database) == {well}
+
+    close = queries("recovery")["close_ended"]
+    assert database.execute(close, {"message_ids": [over, well]}) == 0
+    database.execute(
+        """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until, finished_at)
+        SELECT scope, task_id, attempt, gen_random_uuid(), 'w', now(), NULL FROM patchpilot.outbox"""
+    )
+    assert database.execute(close, {"message_ids": [well]}) == 0
+    database.execute("UPDATE patchpilot.fence SET finished_at = now()")
+    assert database.execute(close, {"message_ids": [well]}) == 1
+
+
+def test_a_message_is_closed_whose_part_has_returned(shop: Shop, database: Database) -> None:
+    """If it is the only one of its task id in the header; else when all of them have."""
+    header = [add.s(1, 1), add.s(2, 2).set(task_id="twice"), add.s(2, 2).set(task_id="twice")]
+    [single, *_] = (result := chord(header, total.s()).apply_async()).parent.results
+    close = queries("recovery")["close_ended"]
+    params = {"message_ids": sorted(messages(database))}
+    assert database.execute(close, params) == 0
+    for task_id, position, closed in ((single.id, 0, 1), ("twice", 1, 0), ("twice", 2, 2)):
+        app.backend.chords.return_part(Part(result.parent.id, task_id, position), "SUCCESS", 2)
+        assert database.execute(close, params) == closed
+
+
+def test_a_message_is_closed_whose_task_has_ended(shop: Shop, database: Database) -> None:
+    over, well = sent_twice(database)
+    assert database.execute(queries("recovery")["close_ended"], {"message_ids": [over, well]}) == 1
+    assert messages(database) == {well}
+
+
+def test_parts_are_recorded_of_what_ended_in_their_own_header(
+    shop: Shop, recovery: Recovery, database: Database
+) -> None:
+    """Of two that are awaited the one was interrupted; of the other only the task id has ended, elsewhere."""
+    header = [add.s(1, 1).set(task_id="once"), add.s(2, 2).set(task_id="twice")]
+    waiting = chord(header, total.s()).apply_async()
+    app.backend.store_result("once", 2, "SUCCESS", request=Context(id="once", group=waiting.parent.id))
+    app.backend.store_result("twice", 4, "SUCCESS", request=request("another"))
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
+    assert database.fetch("SELECT task_id FROM patchpilot.chord_part WHERE state IS NULL") == [{"task_id": "twice"}]
+
+
+def test_what_recovery_ends_names_its_message(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, database: Database
+) -> None:
+    over = add.s(1, 1).set(expires=SYSTEM.now() - timedelta(seconds=1))
+    expired = chord([over], total.s()).apply_async()
+    [message_id] = messages(database)
+    broker.delete("celery")
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["header-expired"]
+    stored = "SELECT message_id::text, group_id FROM patchpilot.result WHERE state = 'REVOKED'"
+    assert database.fetch(stored) == [{"message_id": message_id, "group_id": expired.parent.id}]
 
 
 def request(group_id: str | None = None, **more: object) -> Context:

@@ -19,6 +19,7 @@ from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Finding, Recovery, Window
 from patchpilot.recovery.findings import Kind
 from patchpilot.recovery.inventory import life
+from patchpilot.recovery.quiet import Outside
 from patchpilot.recovery.remedy import Remedies
 from tests.support.processes import Shop
 from tests.support.shop import add, app, hold, later, mourn, note, total
@@ -391,3 +392,29 @@ def test_only_one_kind_at_a_time(shop: Shop, recovery: Recovery, broker: redis.R
         assert [(it.kind, it.id) for it in recovery.sweep(NOW, only=[kind]).applied] == [(kind, subject)]
         assert broker.llen(queue) == 1
     assert recovery.survey(NOW) == ()
+
+
+def test_what_waits_for_its_time_is_too_old_only_a_while_after_it(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    """In a chord and outside of one. Until then its loss is made good, however long ago it was sent."""
+    one = add.apply_async((1, 1), countdown=72 * HOUR)
+    waiting = chord([add.s(2, 2).set(countdown=72 * HOUR)], total.s()).apply_async()
+    broker.delete("celery")
+    with Database(shop.dsn) as database:
+        young = recovery.sweep(Window()).quiet
+        assert (young.outside, young.messages_outside) == (Outside(young=1), Outside(young=2))
+
+        database.execute("UPDATE patchpilot.outbox SET sent_at = now() - interval '2 d', eta = now() - interval '25 h'")
+        database.execute("UPDATE patchpilot.chord SET created_at = now() - interval '2 d'")
+        old = recovery.sweep(Window())
+        assert (old.findings, old.quiet.outside, old.quiet.messages_outside) == ((), Outside(old=1), Outside(old=2))
+
+        database.execute("UPDATE patchpilot.outbox SET eta = now() - interval '23 h' WHERE group_id IS NULL")
+        database.execute("UPDATE patchpilot.outbox SET eta = now() + interval '42 h' WHERE group_id IS NOT NULL")
+        found = recovery.sweep(Window())
+    assert sorted((it.id, it.diagnosis) for it in found.applied) == sorted([
+        (waiting.parent.id, "header-message-lost"), (one.id, "message-lost"),
+    ])  # fmt: skip
+    assert (found.quiet.outside, found.quiet.messages_outside) == (Outside(), Outside())
+    assert sorted(ids(broker, "celery")) == sorted([one.id, waiting.parent.results[0].id])

@@ -11,13 +11,15 @@ WHERE r.state <> 'SUCCESS'
 
 -- name: store_all
 -- As `store`, any number of them.
-INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at)
-SELECT stored.task_id, stored.state, stored.meta, now() + stored.expires
-FROM unnest(%(task_id)s::text[], %(state)s::text[], %(meta)s::bytea[], %(expires)s::interval[])
-    AS stored (task_id, state, meta, expires)
+INSERT INTO patchpilot.result AS r (task_id, state, meta, expires_at, message_id, group_id)
+SELECT stored.task_id, stored.state, stored.meta, now() + stored.expires, stored.result_of, stored.result_group
+FROM unnest(
+    %(task_id)s::text[], %(state)s::text[], %(meta)s::bytea[], %(expires)s::interval[], %(result_of)s::uuid[],
+    %(result_group)s::text[]
+) AS stored (task_id, state, meta, expires, result_of, result_group)
 ON CONFLICT (task_id) DO UPDATE
 SET state = EXCLUDED.state, meta = EXCLUDED.meta, stored_at = now(), expires_at = EXCLUDED.expires_at,
-    message_id = NULL, group_id = NULL
+    message_id = EXCLUDED.message_id, group_id = EXCLUDED.group_id
 WHERE r.state <> 'SUCCESS'
 
 -- name: finish
