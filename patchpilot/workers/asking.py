@@ -12,12 +12,12 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from patchpilot.backend.heartbeat import RETURNS, STALE
+from patchpilot.backend.heartbeat import STALE
 from patchpilot.backend.transport import counting_listeners
 from patchpilot.clock import Backoff, Clock
 from patchpilot.durations import HEARTBEAT
 from patchpilot.errors import Transient
-from patchpilot.postgres.connection import Database, Row
+from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
 from patchpilot.workers.contact import Contact
 from patchpilot.workers.unreached import unreached
@@ -73,15 +73,14 @@ class Asking:
         """Ask every worker.
 
         One that does not answer is waited for until it answers or has not been heard of for so long that it counts as
-        dead; one that lives on in silence is busy, or cut off from the broker. Workers go by instance, because two of
-        them may have the same name; what does not know the question has only its name.
+        dead, a time in which PostgreSQL was away aside; one that lives on in silence is busy, or cut off from the
+        broker. Workers go by instance, because two of them may have the same name; what does not know the question has
+        only its name.
 
         :param everybody: wait as well for those of whom nothing is known but that they listen.
         :raises Transient: the broker or PostgreSQL cannot be reached.
         """
         answers = Answers()
-        if self._contact is not None:
-            self._give_time()
         # Who counts as dead only much later is not waited for until then: what it may have is unknown.
         patience = Backoff(self._clock, (min(self._stale, STALE) + HEARTBEAT).total_seconds(), first=0.5)
         while True:
@@ -108,27 +107,15 @@ class Asking:
         return found
 
     def alive(self) -> dict[str, str]:
-        """The workers of our broker that give a sign of life, or had no time to: instance -> name."""
-        rows, owed = self._signs()
-        return {row["instance"]: row["name"] for row in rows if row["alive"] or row["instance"] in owed}
-
-    def _give_time(self) -> None:
-        """Wait until each worker has given a sign of life, or has had the time to."""
-        patience = Backoff(self._clock, 2 * RETURNS.total_seconds(), first=0.5)
-        while self._signs()[1] and patience.pause():
-            pass
-
-    def _signs(self) -> tuple[list[Row], set[str]]:
-        """The workers on record that are on our broker, and which of them are silent and had no time to be otherwise.
+        """The workers of our broker that give a sign of life, or had no time to: instance -> name.
 
         A worker that answered is on it, by whatever name; so may be one that does not say which broker it is on.
         """
         rows = self._database.fetch(SQL["workers"], {"stale": self._stale})
         ours = [row for row in rows if row["broker"] in (None, *self._brokers) or row["instance"] in self._heard]
-        if self._contact is None:
-            return ours, set()
         silent = {row["instance"]: row["seen_at"] for row in ours if row["today"] and not row["alive"]}
-        return ours, self._contact.owed(silent)
+        owed = set() if self._contact is None else self._contact.owed(silent)
+        return {row["instance"]: row["name"] for row in ours if row["alive"] or row["instance"] in owed}
 
     def _unreached(self) -> frozenset[str]:
         with self._away(), self._app.connection_for_write() as connection:
