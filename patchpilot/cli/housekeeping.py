@@ -52,7 +52,7 @@ def _show_strays(found: Strays, idle: timedelta, *, dry_run: bool) -> None:
         ("CHORD", "KEYS", "UNTOUCHED", "EXPIRES", "SERVER", ""),
         [
             (
-                it.keys.group_id, ",".join(it.suffixes), ago(it.keys.idle) if it.keys.idle is not None else "?",
+                _shown(it.keys.group_id), ",".join(it.suffixes), ago(it.keys.idle) if it.keys.idle is not None else "?",
                 f"in {ago(it.keys.expires)}" if it.keys.expires is not None else "never", it.server,
                 "goes" if it.goes else "stays",
             )
@@ -71,6 +71,11 @@ def _show_strays(found: Strays, idle: timedelta, *, dry_run: bool) -> None:
         say(f"{many}; removed {found.removed}")
 
 
+def _shown(group_id: str) -> str:
+    """An id as a terminal may be given it: anybody may have written a key."""
+    return "".join(each if each.isprintable() else "?" for each in group_id)
+
+
 def _stray(stray: Stray) -> dict[str, object]:
     return {
         **asdict(stray.keys), "suffixes": stray.suffixes, "server": stray.server, "goes": stray.goes,
@@ -87,7 +92,8 @@ def _show_verdicts(verdicts: list[Verdict], *, dry_run: bool) -> None:
         ("CHORD", "CALLBACK", "PARTS", "RUNNING OR LOST", ""),
         [
             (
-                it.group_id, it.callback or "?", f"{it.returned}/{'?' if it.total is None else it.total}", it.unknown,
+                _shown(it.group_id), it.callback or "?", f"{it.returned}/{'?' if it.total is None else it.total}",
+                it.unknown,
                 "adopted" if it.adopted else "not adopted" if it.reason else "can be adopted",
             )
             for it in verdicts
@@ -96,7 +102,7 @@ def _show_verdicts(verdicts: list[Verdict], *, dry_run: bool) -> None:
     emit("")
     for it in verdicts:
         if it.reason:
-            emit(f"{it.group_id}: {it.reason}")
+            emit(f"{_shown(it.group_id)}: {it.reason}")
     good = sum(it.reason is None for it in verdicts)
     say(
         f"{good} of {len(verdicts)} can be adopted: run the same command without --dry-run"

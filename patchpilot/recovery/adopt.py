@@ -16,6 +16,7 @@ from uuid import NAMESPACE_OID, uuid5
 
 from celery import Celery
 from celery.canvas import maybe_signature
+from psycopg import DataError
 from psycopg.types.json import Jsonb
 
 from patchpilot.backend.config import MESSAGE_ID
@@ -189,19 +190,25 @@ class Adoption:
         return verdicts
 
     def _take(self, stock: Stock, verdict: Verdict, unacked: bool) -> Verdict:
-        since = self._database.fetch(SQL["now"])[0]["now"]
         try:
-            chord = self._chord(stock, verdict)
-        except UNREADABLE as error:
-            return replace(verdict, reason=f"its callback cannot be stored: {error}")
+            done = self._write_down(stock, verdict, unacked)
+        except (*UNREADABLE, DataError) as error:
+            return replace(verdict, reason=f"it cannot be written down: {' '.join(str(error).split())}")
+        reason = self._take_the_rest(stock.group_id) if done else "somebody else has adopted it"
+        return replace(verdict, adopted=reason is None, reason=reason)
+
+    def _write_down(self, stock: Stock, verdict: Verdict, unacked: bool) -> bool:
+        """Write down a chord, its parts, and its messages that are still where they were found.
+
+        :param unacked: see :meth:`adopt`.
+        :returns: whether nobody else had.
+        """
+        since = self._database.fetch(SQL["now"])[0]["now"]
+        chord = self._chord(stock, verdict)
         taken = [it for it in stock.deliveries if it.tag is None or unacked]
         # By message: one that others pushed down or took while the broker was read was found more than once.
         rows = list({row["message_id"]: row for it in taken for row in self._marked(stock, it)}.values())
-        done = self._database.run(lambda connection: self._write(connection, chord, verdict.parts, rows, since))
-        if not done:
-            return replace(verdict, reason="somebody else has adopted it")
-        reason = self._take_the_rest(stock.group_id)
-        return replace(verdict, adopted=reason is None, reason=reason)
+        return self._database.run(lambda connection: self._write(connection, chord, verdict.parts, rows, since))
 
     def _marked(self, stock: Stock, delivery: Delivery) -> list[dict[str, Any]]:
         """Give a message an id of ours, where it is; its row for the outbox. None, if it is there no more."""

@@ -24,14 +24,20 @@ _UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{1
 _PLAIN = re.compile(r"[\w.:@-]+", re.ASCII)
 
 
-def mentioned(deliveries: Iterable[Delivery], group_ids: Collection[str]) -> set[str]:
-    """Those of the chords that a message tells of. Of an id that a serialiser may write otherwise, that is assumed.
+def literal(group_id: str) -> bool:
+    """Whether every serialiser writes this id as it is."""
+    return _PLAIN.fullmatch(group_id) is not None
 
+
+def mentioned(deliveries: Iterable[Delivery], group_ids: Collection[str]) -> set[str]:
+    """Those of the chords that a message tells of.
+
+    :param group_ids: of which all are :func:`literal`.
     :raises NeedsOperator: a message cannot be read: it may tell of any chord.
     """
-    wanted = {group_id.encode(): group_id for group_id in group_ids if _PLAIN.fullmatch(group_id)}
+    wanted = {group_id.encode(): group_id for group_id in group_ids}
     others = [each for each in wanted if not _UUID.fullmatch(each)]
-    found = {group_id for group_id in group_ids if not _PLAIN.fullmatch(group_id)}
+    found: set[str] = set()
     for delivery in deliveries:
         for text in (delivery.raw, _body(delivery)):
             here = {*_UUID.findall(text), *(each for each in others if each in text)}

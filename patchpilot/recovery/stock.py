@@ -207,7 +207,7 @@ def _of_signature(signature: Mapping[str, Any], around: Mapping[str, Any] = _NOT
 
 
 def _part(group_id: Any, task_id: Any, index: int | None, callback: Mapping[str, Any]) -> Iterator[Pending]:
-    if not callback.get("task"):
+    if not callback.get("task") or "\0" in f"{group_id}{task_id}":  # which PostgreSQL could not write down
         return
     yield Pending(str(group_id), str(task_id), index if isinstance(index, int) else None, callback)
     # The callback of a chord within another one's header is a part of that one.

@@ -15,6 +15,7 @@ from datetime import timedelta
 from patchpilot.errors import NeedsOperator
 from patchpilot.postgres.connection import Database
 from patchpilot.postgres.queries import queries
+from patchpilot.recovery.mentions import literal
 from patchpilot.valkey.keys import ChordKeys, Keys
 
 SQL = queries("strays")
@@ -65,7 +66,8 @@ def decide(keys: Keys, on_record: Collection[str], idle: timedelta | None) -> bo
     """
     if keys.group_id in on_record or keys.suffixes == (SAVED,):
         return None
-    return idle is not None and keys.idle is not None and keys.idle >= idle
+    old = idle is not None and keys.idle is not None and keys.idle >= idle
+    return old and literal(keys.group_id)  # of another id no message can be said not to tell
 
 
 def strays(
@@ -81,7 +83,8 @@ def strays(
     found = [(server, stray) for server in servers for stray in _on(database, server, idle)]
     try:
         # Looked for after the keys were read: a task that is sent on from then on belongs to one that ran until then.
-        live = waiting({stray.keys.group_id for _, stray in found}) if found else set()
+        asked = {stray.keys.group_id for _, stray in found if literal(stray.keys.group_id)}
+        live = waiting(asked) if asked else set()
     except NeedsOperator as error:
         return Strays([replace(stray, goes=False) for _, stray in found], kept=str(error))
     found = [(server, stray) for server, stray in found if stray.keys.group_id not in live]

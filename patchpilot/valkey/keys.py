@@ -240,9 +240,9 @@ def _keys(group_id: str, by_suffix: Mapping[str, tuple[int, Any]]) -> Keys:
 
 
 def _text(raw: bytes) -> str | None:
-    """None for what is not UTF-8: Celery has not written it."""
+    """None for what is not UTF-8, or has a NUL in it: Celery has not written it, and PostgreSQL does not take it."""
     try:
-        return raw.decode()
+        return None if b"\0" in raw else raw.decode()
     except UnicodeDecodeError:
         return None
 

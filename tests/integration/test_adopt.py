@@ -315,7 +315,7 @@ def test_what_cannot_be_adopted_is_told_and_left_alone(
     broker.delete("gone")
     broker.lpush("celery", "garbage", "[1]", '"x"', '{"headers": null, "properties": {}, "body": "x"}')
     broker.hset("unacked", mapping={"1": "garbage", "2": "[1]", "3": "[]"})
-    broker.set(b"celery-taskset-meta-\xff.s", 1)
+    broker.mset({b"celery-taskset-meta-\xff.s": 1, b"celery-taskset-meta-\0.s": 1})
     ours = app.AsyncResult(tasks.add.apply_async((5, 5)).id)
     before = {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")}
     told = by_id(housekeeping.adopt())
@@ -334,6 +334,20 @@ def test_what_cannot_be_adopted_is_told_and_left_alone(
     assert done.returncode == 0, done.stderr
     assert "0 of 9 can be adopted" in done.stderr
     assert "no message of its header is left" in done.stdout
+
+
+def test_one_that_cannot_be_written_down_is_left_out(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis
+) -> None:
+    odd, good = [stock.chord([stock.s("add", 1, 1)], label) for label in ("odd", "good")]
+    raw = broker.rpop("celery")
+    assert isinstance(raw, bytes)
+    message = json.loads(raw)
+    message["headers"]["expires"] = "soon"
+    broker.rpush("celery", json.dumps(message))
+    told = by_id(housekeeping.adopt())
+    assert "it cannot be written down: " in str(told[odd.parent.id].reason)
+    assert told[good.parent.id].adopted
 
 
 def test_nothing_is_adopted_beside_workers_without_patchpilot(

@@ -135,7 +135,6 @@ def test_a_chord_whose_messages_wait_is_no_stray(shop: Shop, broker: redis.Redis
     behind = send(chain(task(), chord([task()], task(), app=stock), app=stock))
     task().apply_async(group_id="order-42")
     broker.set(f"{STEM}order-42.s", 1)
-    broker.set(f"{STEM}odd 'name'.s", 1)  # a serialiser may write it otherwise
     of = {json.loads(raw)["headers"]["group"]: raw for raw in broker.lrange("other", 0, -1)}
     broker.lrem("other", 1, of[plain])
     broker.hset("unacked", "tag", json.dumps([json.loads(of[plain]), "", "other"]))
@@ -233,17 +232,22 @@ def test_which_keys_may_go() -> None:
     assert decide(keys(hour), (), hour) is True
     assert decide(keys(hour), (), 2 * hour) is False
     assert decide(keys(None), (), NOTHING) is False
+    assert decide(Keys("a name that a serialiser may write otherwise: ü", (".s",), hour, None), (), NOTHING) is False
     assert decide(Keys("g", ("",), hour, None), (), NOTHING) is None
     assert decide(keys(hour), (), None) is False
 
 
 def test_the_command(shop: Shop, broker: redis.Redis) -> None:
     leave(broker, "stray")
+    broker.set(f"{STEM}\x1b[31mred.s", 1)
     path = config(shop.directory, shop.dsn, shop.broker)
     done = patchpilot("recover", "--strays", "0s", "--dry-run", "--config", path)
     assert done.returncode == 0, done.stderr
     assert "stray" in done.stdout
-    assert "5 keys of 1 chords" in done.stderr
+    assert "?[31mred" in done.stdout
+    assert "\x1b" not in done.stdout
+    broker.delete(f"{STEM}\x1b[31mred.s")
+    assert "6 keys of 2 chords" in done.stderr
     assert len(left(broker)) == len(SUFFIXES)
     done = patchpilot("recover", "--strays", "0s", "--output", "json", "--config", path)
     assert json.loads(done.stdout)["removed"] == len(SUFFIXES) - 1
