@@ -36,9 +36,7 @@ def which(database: Database, text: str) -> tuple[Row, Asked]:
     if found := database.fetch(SQL["chord"], {"id": text}):
         return found[0], "chord" if found[0]["group_id"] == text else "callback-task"
     if tasks := database.fetch(SQL["by_task"], {"id": text}):
-        return _chord(database, tasks[0]["group_id"]), "header-task" if tasks[0][
-            "what"
-        ] == "header" else "callback-task"
+        return _chord(database, tasks[0]["group_id"]), tasks[0]["what"]
     if len(text) < LEAST:
         raise Usage(f"no chord {text!r} is on record; of an id that is cut short, {LEAST} characters are needed")
     return _by_prefix(database, text)

@@ -169,6 +169,12 @@ def test_the_life_of_a_failed_chord_and_of_one_that_nobody_dispatched(shop: Shop
         until(lambda: life(database, failed.id).why == said, seconds=30, what="the chord had failed")
         said = "1 of 1 parts failed; it has no errbacks, so nothing ran instead"
         until(lambda: life(database, alone.id).why == said, seconds=30, what="the other had failed")
+        database.execute(
+            "UPDATE patchpilot.chord SET callback = NULL, callback_type = NULL, callback_encoding = NULL, "
+            "unrecoverable = 'not stored' WHERE callback_id = %s",
+            [alone.id],
+        )
+        assert life(database, alone.id).why == "1 of 1 parts failed, so its errbacks, if it has any, ran instead"
         assert "`patchpilot recover` does" in life(database, stranded.id).why
 
 
@@ -187,6 +193,13 @@ def test_a_chord_is_found_by_the_tasks_of_its_header_and_by_a_part_of_an_id(shop
         ):
             found = life(database, asked)
             assert (found.group_id, found.asked_for) == (result.parent.id, what)
+        database.execute(
+            "UPDATE patchpilot.outbox SET callback_of = group_id, group_id = NULL, task_id = 'follower' "
+            "WHERE task_id = %s",
+            [parts[0]],
+        )
+        found = life(database, "follower")
+        assert (found.group_id, found.asked_for) == (result.parent.id, "callback-task")
         with pytest.raises(Usage, match="8 characters are needed"):
             life(database, parts[0][:7])
         with pytest.raises(Usage, match="and no task of one"):
@@ -222,6 +235,11 @@ def test_a_part_that_is_waited_for_is_said_to_be_in_its_queue_or_a_chord_of_its_
         assert life(database, row["group_id"]).why == why % "queue nobody"
         database.execute("UPDATE patchpilot.outbox SET queue = NULL, exchange = 'x', routing_key = 'y'")
         assert life(database, row["group_id"]).why == why % "exchange 'x' with routing key 'y'"
+        database.execute(
+            "UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() WHERE group_id = %s",
+            [row["group_id"]],
+        )
+        assert life(database, outer.parent.id).why.endswith(f" not returned, first {outer.parent.results[0].id}")
 
 
 def test_names_are_shown_and_not_obeyed(shop: Shop, config: Path) -> None:

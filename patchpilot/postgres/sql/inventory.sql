@@ -39,11 +39,11 @@ ORDER BY c.created_at DESC LIMIT 1
 -- The chord that has a task in its header, in a chain of it, or among those of its callback.
 SELECT c.group_id, t.what
 FROM (
-    SELECT group_id, 'header' AS what FROM patchpilot.chord_part WHERE task_id = %(id)s
+    SELECT group_id, 'header-task' AS what FROM patchpilot.chord_part WHERE task_id = %(id)s
     UNION ALL
-    SELECT group_id, 'header' FROM patchpilot.outbox WHERE task_id = %(id)s AND group_id IS NOT NULL
+    SELECT group_id, 'header-task' FROM patchpilot.outbox WHERE task_id = %(id)s AND group_id IS NOT NULL
     UNION ALL
-    SELECT callback_of, 'callback' FROM patchpilot.outbox WHERE task_id = %(id)s AND callback_of IS NOT NULL
+    SELECT callback_of, 'callback-task' FROM patchpilot.outbox WHERE task_id = %(id)s AND callback_of IS NOT NULL
 ) t
 JOIN patchpilot.chord c USING (group_id)
 ORDER BY c.created_at DESC LIMIT 1
@@ -69,7 +69,7 @@ LEFT JOIN LATERAL (
 ) o ON true
 LEFT JOIN LATERAL (
     SELECT c.group_id FROM patchpilot.chord c
-    WHERE c.callback_id = p.task_id AND c.group_id <> p.group_id AND c.state IN ('open', 'claimed') LIMIT 1
+    WHERE c.callback_id = p.task_id AND c.state IN ('open', 'claimed') LIMIT 1
 ) i ON p.state IS NULL
 WHERE p.group_id = %(group_id)s
 ORDER BY p.position
