@@ -109,6 +109,13 @@ def test_a_chord_that_is_complete_waits_for_who_does_not_answer_but_not_for_ever
     write(shop, "UPDATE patchpilot.chord_part SET returned_at = now() - interval '3 min'")
     assert told(recovery.survey(NOW)) == stuck
     write(shop, "UPDATE patchpilot.chord_part SET returned_at = now() - interval '10 s'")
+    write(
+        shop,
+        """UPDATE patchpilot.chord
+           SET state = 'claimed', claim_token = gen_random_uuid(), claim_until = now() - interval '1 s'""",
+    )
+    assert told(recovery.survey(NOW)) == [(header.id, "dispatch-interrupted", True)], "its lease is all that it has"
+    write(shop, "UPDATE patchpilot.chord SET state = 'open', claim_token = NULL, claim_until = NULL")
     assert told(recovery.sweep(NOW, assume_lost=True).findings) == stuck
 
 
@@ -153,20 +160,25 @@ def test_the_message_of_a_task_that_has_ended_is_closed(shop: Shop, recovery: Re
 
 
 def test_beside_a_part_that_was_interrupted_one_with_the_result_of_another_time_is_not_recorded(
-    shop: Shop, recovery: Recovery
+    shop: Shop, recovery: Recovery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The header was sent before, under the same ids."""
+    """The header was sent before, under the same ids; whoever runs that part is not at the end of the chord."""
     header = chord([add.s(1, 1), add.s(2, 2)], total.s()).apply_async().parent
-    for part in header.results:
-        app.backend.store_result(part.id, 2, "SUCCESS")
+    again, interrupted = header.results
+    workers_say(monkeypatch, running=[again.id])
     write(
         shop,
         "UPDATE patchpilot.chord SET created_at = now() - interval '1 min'",
         "UPDATE patchpilot.outbox SET recorded_at = now() - interval '1 min'",
-        """UPDATE patchpilot.result SET stored_at = now() - CASE WHEN task_id = (
-               SELECT task_id FROM patchpilot.chord_part WHERE position = 0
-           ) THEN interval '1 h' ELSE interval '30 s' END""",
     )
+    app.backend.store_result(again.id, 2, "SUCCESS")
+    write(shop, "UPDATE patchpilot.result SET stored_at = now() - interval '1 h'")
+    assert recovery.survey(NOW) == ()
+    app.backend.store_result(interrupted.id, 2, "SUCCESS")
+    lately = "UPDATE patchpilot.result SET stored_at = {} WHERE stored_at > now() - interval '10 min'"
+    write(shop, lately.format("now() + interval '1 min'"))
+    assert recovery.survey(NOW) == (), "it may still be returned"
+    write(shop, lately.format("now() - interval '30 s'"))
     assert [(it.id, it.diagnosis) for it in recovery.recover(NOW)] == [(header.id, "part-return-interrupted")]
     with Database(shop.dsn) as database:
         parts = database.fetch("SELECT state FROM patchpilot.chord_part ORDER BY position")

@@ -230,6 +230,22 @@ def test_what_is_only_watched_is_never_taken(shop: Shop) -> None:
         assert len(database.fetch(evidence.SQL["take"], asked)) == 1
 
 
+def test_what_is_only_watched_is_never_ended(shop: Shop) -> None:
+    chord([add.s(1, 1)], total.s()).apply_async()
+    left = "SELECT (SELECT count(*) FROM patchpilot.outbox), (SELECT count(*) FROM patchpilot.result) AS results"
+    with Database(shop.dsn) as database:
+        [row] = database.fetch("UPDATE patchpilot.outbox SET shadow = true RETURNING message_id::text, resends")
+        asked = {
+            "message_ids": [row["message_id"]], "resends": [row["resends"]], "metas": [b"x"], "payloads": [b"x"],
+            "expires": timedelta(days=1),
+        }  # fmt: skip
+        database.execute(evidence.SQL["revoke"], asked)
+        assert database.fetch(left) == [{"count": 1, "results": 0}]
+        database.execute("UPDATE patchpilot.outbox SET shadow = false")
+        database.execute(evidence.SQL["revoke"], asked)
+        assert database.fetch(left) == [{"count": 0, "results": 1}]
+
+
 def test_of_several_recoveries_that_saw_a_message_one_takes_it(shop: Shop) -> None:
     add.delay(1, 1)
     with Database(shop.dsn) as database:
