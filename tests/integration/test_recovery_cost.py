@@ -240,14 +240,11 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize(("file", "name"), ASKED)
-def test_a_statement_looks_at_what_is_open_and_not_at_what_is_over(
-    long_lived: psycopg.Connection[dict[str, Any]], file: str, name: str
-) -> None:
-    sql = queries(file)[name]
-    with long_lived.transaction(force_rollback=True):
-        [row] = long_lived.execute(
-            b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + sql.encode(), parameters(long_lived)
+def check(connection: psycopg.Connection[dict[str, Any]], sql: str, **changes: Any) -> None:
+    """That a statement looks at few rows."""
+    with connection.transaction(force_rollback=True):
+        [row] = connection.execute(
+            b"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + sql.encode(), {**parameters(connection), **changes}
         ).fetchall()
     plan = row["QUERY PLAN"][0]["Plan"]
     found = list(scans(plan))
@@ -255,6 +252,20 @@ def test_a_statement_looks_at_what_is_open_and_not_at_what_is_over(
     history = {"chord", "chord_part", "result", "fence"}
     assert [it for it in found if it[0] == "Seq Scan" and it[1] in history] == []
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 4 * TOUCHED
+
+
+@pytest.mark.parametrize(("file", "name"), ASKED)
+def test_a_statement_looks_at_what_is_open_and_not_at_what_is_over(
+    long_lived: psycopg.Connection[dict[str, Any]], file: str, name: str
+) -> None:
+    check(long_lived, queries(file)[name])
+
+
+@pytest.mark.parametrize("name", queries("purge"))
+def test_the_purge_looks_at_a_batch_however_much_may_go(
+    long_lived: psycopg.Connection[dict[str, Any]], name: str
+) -> None:
+    check(long_lived, queries("purge")[name], retention=timedelta(minutes=30))
 
 
 def test_the_limit_is_one_that_a_scan_of_what_is_over_exceeds(

@@ -16,7 +16,7 @@ from patchpilot.broker_name import name_of_url
 from patchpilot.postgres.connection import Database
 from patchpilot.recovery import Recovery, Site, Window
 from patchpilot.recovery.housekeeping import Housekeeping
-from patchpilot.recovery.strays import Strays, decide, sweep_up
+from patchpilot.recovery.strays import SQL, Strays, decide, sweep_up
 from patchpilot.valkey.keys import SUFFIXES, ChordKeys, Keys
 from tests.integration.test_adopt import Stock
 from tests.integration.test_cli import config
@@ -205,6 +205,26 @@ def test_keys_are_named_as_celery_names_them(prefix: str) -> None:
     app.conf.result_backend_transport_options = {"global_keyprefix": prefix} if prefix else {}
     keys = ChordKeys("redis://127.0.0.1:1/0", prefix)
     assert keys.key("one", ".s").encode() == app.backend.get_key_for_group("one", ".s")
+    keys.close()
+
+
+@counts_in_valkey
+def test_keys_of_a_chord_that_is_only_watched_stay_and_so_does_the_turn_of_one_that_began_anew(
+    shop: Shop, broker: redis.Redis
+) -> None:
+    group_id = chord([add.s(1, 1)], total.s()).apply_async().parent.id
+    leave(broker, group_id)
+    before = left(broker)
+    keys = ChordKeys(shop.broker)
+    with Database(shop.dsn) as database:
+        database.execute("UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() - interval '1 hour'")
+        database.execute("UPDATE patchpilot.chord SET shadow = true")
+        assert sweep_up(database, [keys], NOTHING, NOTHING) == 0
+        assert left(broker) == before
+        database.execute("UPDATE patchpilot.chord SET shadow = false, state = 'open', finished_at = NULL")
+        database.execute(SQL["swept"], {"group_ids": [group_id]})  # by whoever saw it over a moment ago
+        database.execute("UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() - interval '1 hour'")
+        assert sweep_up(database, [keys], NOTHING, NOTHING) > 0
     keys.close()
 
 
