@@ -106,6 +106,7 @@ def test_what_one_message_came_to_says_nothing_of_the_other(
     assert [it.diagnosis for it in recovery.recover(NOW)] == lost
     assert (messages(database), broker.llen("later")) == (on_record, waiting)
     consume_the_others()
+    until(lambda: len(shop.ledger()) >= len([*ran, *then]), seconds=30, what="they had run as well")
     until(lambda: messages(database) == set(), seconds=30, what="they had ended as well")
     assert sorted(shop.ledger()) == sorted([*ran, *then])
     assert recovery.survey(NOW) == recovery.recover(NOW) == ()
@@ -165,14 +166,14 @@ def test_what_is_over_is_taken_away_and_nothing_else(shop: Shop, database: Datab
     assert messages(database) == {well}
 
     close = queries("recovery")["close_ended"]
-    assert database.execute(close, {"message_ids": [over, well]}) == 0
+    assert database.execute(close, {"message_ids": [over, well], "resends": [0, 0]}) == 0
     database.execute(
         """INSERT INTO patchpilot.fence (scope, task_id, attempt, owner, worker, lease_until, finished_at)
         SELECT scope, task_id, attempt, gen_random_uuid(), 'w', now(), NULL FROM patchpilot.outbox"""
     )
-    assert database.execute(close, {"message_ids": [well]}) == 0
+    assert database.execute(close, {"message_ids": [well], "resends": [0]}) == 0
     database.execute("UPDATE patchpilot.fence SET finished_at = now()")
-    assert database.execute(close, {"message_ids": [well]}) == 1
+    assert database.execute(close, {"message_ids": [well], "resends": [0]}) == 1
 
 
 def test_a_message_is_closed_whose_part_has_returned(shop: Shop, database: Database) -> None:
@@ -180,7 +181,7 @@ def test_a_message_is_closed_whose_part_has_returned(shop: Shop, database: Datab
     header = [add.s(1, 1), add.s(2, 2).set(task_id="twice"), add.s(2, 2).set(task_id="twice")]
     [single, *_] = (result := chord(header, total.s()).apply_async()).parent.results
     close = queries("recovery")["close_ended"]
-    params = {"message_ids": sorted(messages(database))}
+    params = {"message_ids": sorted(messages(database)), "resends": [0, 0, 0]}
     assert database.execute(close, params) == 0
     for task_id, position, closed in ((single.id, 0, 1), ("twice", 1, 0), ("twice", 2, 2)):
         app.backend.chords.return_part(Part(result.parent.id, task_id, position), "SUCCESS", 2)
@@ -189,7 +190,7 @@ def test_a_message_is_closed_whose_part_has_returned(shop: Shop, database: Datab
 
 def test_a_message_is_closed_whose_task_has_ended(shop: Shop, database: Database) -> None:
     over, well = sent_twice(database)
-    assert database.execute(queries("recovery")["close_ended"], {"message_ids": [over, well]}) == 1
+    assert database.execute(queries("recovery")["close_ended"], {"message_ids": [over, well], "resends": [0, 0]}) == 1
     assert messages(database) == {well}
 
 
