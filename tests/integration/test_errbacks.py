@@ -35,8 +35,11 @@ CALLBACKS = {
     "routes": (total.s, mourn.s, {}, {total.name: MINE}, "mine"),
     "exchange": (total.s, mourn.s, {"exchange": "papers", "routing_key": "news"}, {}, "mine"),
     "its own": (total.s, lambda: mourn.s().set(queue="errors"), MINE, {}, "errors"),
+    "its own, not an exchange": (
+        total.s, lambda: mourn.s().set(queue="errors"), {"exchange": "papers", "routing_key": "news"}, {}, "errors",
+    ),
     "none": (total.s, mourn.s, {}, {}, "celery"),
-}
+}  # fmt: skip
 
 
 def lose_error_path(shop: Shop, broker: redis.Redis, *queues: str, **sent: Any) -> None:
