@@ -201,7 +201,7 @@ def _of_signature(signature: Mapping[str, Any], around: Mapping[str, Any] = _NOT
         case "chain" if kwargs.get("tasks"):
             last = kwargs["tasks"][-1]
             task_id = (last.get("options") or {}).get("task_id") or own.get("task_id")
-            yield from _of_signature(last, {**given, "task_id": task_id})
+            yield from _of_signature(last, {**given, "task_id": task_id} if task_id else given)
         case _ if options.keys() >= {"chord", "group_id", "task_id"}:
             yield from _part(options["group_id"], options["task_id"], options.get("group_index"), options["chord"])
 
