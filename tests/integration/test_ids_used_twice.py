@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import redis
 from billiard.exceptions import TimeLimitExceeded
-from celery import chord, group
+from celery import Signature, chord, group
 from celery.app.task import Context
 
 from patchpilot.backend.config import MESSAGE_ID, ORIGIN
@@ -300,3 +300,16 @@ def test_what_a_worker_of_the_version_before_stores_counts_as_it_did(
     assert [it.diagnosis for it in recovery.recover(NOW)] == ["part-return-interrupted"]
     assert broker.llen("celery") == 1  # its callback's
     assert [str(row["task_id"]) for row in database.fetch("SELECT task_id FROM patchpilot.outbox")] == [waiting.id]
+
+
+def test_a_part_that_two_open_chords_would_return_is_one_part(
+    shop: Shop, recovery: Recovery, broker: redis.Redis
+) -> None:
+    def reported(queue: str) -> Signature:
+        return chord([add.s(1, 1).set(queue=queue)], note.s().set(task_id="report"))
+
+    outer = chord([reported("later"), add.s(2, 2)], total.s()).apply_async()
+    reported("later").apply_async()
+    broker.delete("celery")
+    [found] = recovery.survey(NOW)
+    assert (found.id, found.diagnosis, found.total) == (outer.parent.id, "header-message-lost", 2)

@@ -33,8 +33,12 @@ WITH open_chord AS (
               )
             LIMIT 1
         ) r ON true
-        LEFT JOIN patchpilot.chord inner_chord
-            ON p.state IS NULL AND inner_chord.callback_id = p.task_id AND inner_chord.state IN ('open', 'claimed')
+        LEFT JOIN LATERAL (
+            -- With a limit: two chords may have one callback id.
+            SELECT waited_for.group_id FROM patchpilot.chord waited_for
+            WHERE p.state IS NULL AND waited_for.callback_id = p.task_id AND waited_for.state IN ('open', 'claimed')
+            LIMIT 1
+        ) inner_chord ON true
         WHERE p.group_id = c.group_id
     ) part
     LEFT JOIN LATERAL (
