@@ -199,8 +199,6 @@ class Celery(_Section):
     """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
     result_accept_content: Annotated[tuple[str, ...], AfterValidator(installed)] = ()
     """The same of results, if the application sets ``result_accept_content``."""
-    result_serializer: str = ""
-    """``result_serializer`` of the application. Only for chords that are adopted before any of their parts returned."""
     results: SecretStr | None = None
     """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
     results_prefix: str = ""
@@ -214,6 +212,8 @@ class Celery(_Section):
     """``sep`` of the broker transport options, if the application sets one."""
     priority_steps: Annotated[tuple[int, ...], AfterValidator(ascending)] | None = None
     """``priority_steps`` of the broker transport options, if the application sets some."""
+    result_serializer: str = ""
+    """``result_serializer`` of the application. Only for chords that are adopted before any of their parts returned."""
 
     @field_validator("fanout_prefix")
     @classmethod
