@@ -199,8 +199,6 @@ class Celery(_Section):
     """Serialisers recovery may decode. Add "pickle" only if the application itself uses it."""
     result_accept_content: Annotated[tuple[str, ...], AfterValidator(installed)] = ()
     """The same of results, if the application sets ``result_accept_content``."""
-    result_serializer: str = ""
-    """``result_serializer`` of the application. Only for chords that are adopted before any of their parts returned."""
     results: SecretStr | None = None
     """URL of the Valkey of the result backend, without "patchpilot+". Unset: it is the broker."""
     results_prefix: str = ""
@@ -218,6 +216,8 @@ class Celery(_Section):
     """``unacked_key`` of the broker transport options, if the application sets one."""
     unacked_index_key: Filled = "unacked_index"
     """``unacked_index_key`` of the broker transport options, if the application sets one."""
+    result_serializer: str = ""
+    """``result_serializer`` of the application. Only for chords that are adopted before any of their parts returned."""
 
     @field_validator("fanout_prefix")
     @classmethod

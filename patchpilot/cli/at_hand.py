@@ -47,7 +47,6 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
             "celery": CelerySettings.model_construct(  # what the application works with is not refused here
                 accept_content=site.accept_content,
                 result_accept_content=site.result_accept_content,
-                result_serializer=site.result_serializer,
                 results=SecretStr(site.results) if site.results else None,
                 results_prefix=site.results_prefix,
                 control_exchange=site.control_exchange,
@@ -56,6 +55,7 @@ def _of_application(settings: Settings, site: Site, config: Config) -> Settings:
                 priority_steps=site.priority_steps or None,
                 unacked_key=site.unacked[0],
                 unacked_index_key=site.unacked[1],
+                result_serializer=site.result_serializer,
             ),
             "recovery": settings.recovery.model_copy(update=ages),
             "purge": settings.purge.model_copy(update={"retention": config.retention}),

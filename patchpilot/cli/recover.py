@@ -45,7 +45,6 @@ def site(settings: Settings, cluster: str) -> Site:
         key_prefix=settings.cluster(cluster).key_prefix,
         accept_content=settings.celery.accept_content,
         result_accept_content=settings.celery.result_accept_content,
-        result_serializer=settings.celery.result_serializer,
         claim_lease=settings.recovery.claim_lease,
         dead_after=settings.recovery.dead_after,
         results=settings.results_endpoint(),
@@ -56,6 +55,7 @@ def site(settings: Settings, cluster: str) -> Site:
         sep=settings.celery.sep,
         priority_steps=settings.celery.priority_steps or (),
         unacked=(settings.celery.unacked_key, settings.celery.unacked_index_key),
+        result_serializer=settings.celery.result_serializer,
     )
 
 

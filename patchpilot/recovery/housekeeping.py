@@ -39,7 +39,7 @@ class Housekeeping:
         self._database = Record(site.dsn, clock=clock)
         self._broker = Broker(site.endpoint, site.key_prefix, site.broker, site.sep, site.unacked)
         self._servers = servers(site)
-        self._app = application(site)
+        self._app = application(site, site.result_serializer or "json")
 
     def __enter__(self) -> Self:
         return self

@@ -41,8 +41,6 @@ class Site:
     accept_content: tuple[str, ...] = ("json",)
     result_accept_content: tuple[str, ...] = ()
     """In results, if that is something else."""
-    result_serializer: str = ""
-    """Of the application, if it is known. Otherwise that of a chord is on record."""
     claim_lease: timedelta = timedelta(seconds=30)
     results: str = ""
     """URL of the Valkey of the application's result backend, if that is another one."""
@@ -56,6 +54,8 @@ class Site:
     """Of its broker transport options."""
     broker: str | None = None
     """What the application calls its broker in the record (``patchpilot_broker``), if not by its address."""
+    result_serializer: str = ""
+    """Of the application, if it is known. Otherwise that of a chord is on record."""
     sep: str = SEPARATOR
     """Of its broker transport options, as the next."""
     priority_steps: tuple[int, ...] = ()
@@ -125,7 +125,6 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
         key_prefix=options.get("global_keyprefix") or "",
         accept_content=tuple(conf.accept_content),
         result_accept_content=tuple(conf.result_accept_content or ()),
-        result_serializer=conf.result_serializer,
         claim_lease=config.claim_lease,
         results=_results(conf),
         results_prefix=(conf.result_backend_transport_options or {}).get("global_keyprefix") or "",
@@ -133,6 +132,7 @@ def site_of(app: Celery, dsn: str | None = None) -> Site:
         fanout_prefix=options.get("fanout_prefix", True),
         broker=conf.get(BROKER),
         sep=options.get("sep") or SEPARATOR,
+        result_serializer=conf.result_serializer,
         priority_steps=tuple(options.get("priority_steps") or ()),
         unacked=_unacked(options),
     )

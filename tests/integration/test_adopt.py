@@ -204,6 +204,91 @@ def test_a_time_without_an_offset_is_in_utc_wherever_postgresql_is(
         assert database.fetch("SELECT expires FROM patchpilot.outbox") == [{"expires": soon}]
 
 
+def test_what_cannot_be_adopted_is_told_and_left_alone(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis
+) -> None:
+    unsized = stock.chord([stock.s("add", 1, 1), stock.s("add", 1, 2)], "unsized")
+    broker.delete(f"{STEM}{unsized.parent.id}.s")
+    gone = stock.chord([stock.s("add", 2, 1).set(queue="gone")], "gone")
+    broker.delete("gone")
+    dispatching = stock.chord([stock.s("add", 3, 1)], "dispatching")
+    broker.set(f"{STEM}{dispatching.parent.id}.c", "token")
+    garbled = stock.chord([stock.s("add", 4, 1), stock.s("add", 4, 2)], "garbled")
+    broker.zadd(f"{STEM}{garbled.parent.id}.j", {b"\x80\x04garbled": 0})
+    uncounted, listed, unheard = [stock.chord([stock.s("add", 5, 1), stock.s("add", 5, 2)], "odd") for _ in range(3)]
+    broker.set(f"{STEM}{uncounted.parent.id}.s", "abc")
+    broker.delete(f"{STEM}{listed.parent.id}.s")
+    broker.lpush(f"{STEM}{listed.parent.id}.s", "2")
+    broker.set(f"{STEM}{unheard.parent.id}.j", "abc")
+    nest = [chain(stock.s("add", 6, 1), group(stock.s("add", 1), stock.s("add", 2)))]
+    foreign, stateless = [stock.chord([*nest, stock.s("add", 6, 2).set(queue="gone")], "nest") for _ in range(2)]
+    for result, meta in ((foreign, b"\x80\x04garbled"), (stateless, json.dumps({"result": 1}))):
+        broker.set(f"celery-task-meta-{result.parent.results[-1].id}", meta)
+    broker.delete("gone")
+    broker.lpush("celery", "garbage", "[1]", '"x"', '{"headers": null, "properties": {}, "body": "x"}')
+    broker.hset("unacked", mapping={"1": "garbage", "2": "[1]", "3": "[]"})
+    broker.mset({b"celery-taskset-meta-\xff.s": 1, b"celery-taskset-meta-\0.s": 1})
+    ours = app.AsyncResult(tasks.add.apply_async((5, 5)).id)
+    before = {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")}
+    told = by_id(housekeeping.adopt())
+    assert {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")} == before
+    words = {
+        unsized: "its size is not in Valkey", gone: "no message", dispatching: "dispatches", garbled: "decoded",
+        uncounted: "does not write", listed: "does not write", unheard: "does not write", foreign: "decoded",
+        stateless: "decoded",
+    }  # fmt: skip
+    for result, word in words.items():
+        assert word in str(told[result.parent.id].reason), told
+        assert not told[result.parent.id].adopted
+    assert len(told) == len(words)
+    assert ours.id not in str(told)
+    done = patchpilot("recover", "--adopt", "--dry-run", "--config", config(shop.directory, shop.dsn, shop.broker))
+    assert done.returncode == 0, done.stderr
+    assert "0 of 9 can be adopted" in done.stderr
+    assert "no message of its header is left" in done.stdout
+
+
+def test_one_that_cannot_be_written_down_is_left_out(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis
+) -> None:
+    odd, good = [stock.chord([stock.s("add", 1, 1)], label) for label in ("odd", "good")]
+    raw = broker.rpop("celery")
+    assert isinstance(raw, bytes)
+    message = json.loads(raw)
+    message["headers"]["expires"] = "soon"
+    broker.rpush("celery", json.dumps(message))
+    told = by_id(housekeeping.adopt())
+    assert "it cannot be written down: " in str(told[odd.parent.id].reason)
+    assert told[good.parent.id].adopted
+
+
+def test_nothing_is_adopted_beside_workers_without_patchpilot(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping
+) -> None:
+    stock.chord([stock.s("add", 1, 1).set(queue="elsewhere")], "end")
+    worker = shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker)
+    with pytest.raises(NeedsOperator, match="without patchpilot"):
+        housekeeping.adopt()
+    worker.stop()
+    assert [it.adopted for it in housekeeping.adopt()] == [True]
+
+
+def test_what_a_worker_had_taken_when_it_was_killed_is_adopted_too(
+    shop: Shop, stock: Stock, housekeeping: Housekeeping
+) -> None:
+    gate = shop.directory / "gate"
+    result = stock.chord([stock.s("hold", 1, str(gate)), stock.s("add", 1, 1)], "end")
+    worker = shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker, SHOP_ACKS_LATE="1")
+    shop.await_line("hold began")
+    worker.kill()
+    assert [(it.adopted, it.unknown) for it in housekeeping.adopt()] == [(True, 0)]
+    gate.touch()
+    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as recovery:
+        assert [it.id for it in recovery.recover(NOW)] == [result.parent.id]
+    shop.worker("-c", "1")
+    shop.await_line("end [1, 2]")
+
+
 @pytest.mark.parametrize("known", ["", "json"])
 def test_what_returns_later_tells_how_results_are_encoded(
     shop: Shop, stock: Stock, broker: redis.Redis, known: str
@@ -290,88 +375,3 @@ def test_celery_s_count_is_stopped_and_dropped_under_guard(shop: Shop, broker: r
     assert keys.drop("g", 2)
     assert broker.keys(f"{STEM}*") == []
     keys.close()
-
-
-def test_what_cannot_be_adopted_is_told_and_left_alone(
-    shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis
-) -> None:
-    unsized = stock.chord([stock.s("add", 1, 1), stock.s("add", 1, 2)], "unsized")
-    broker.delete(f"{STEM}{unsized.parent.id}.s")
-    gone = stock.chord([stock.s("add", 2, 1).set(queue="gone")], "gone")
-    broker.delete("gone")
-    dispatching = stock.chord([stock.s("add", 3, 1)], "dispatching")
-    broker.set(f"{STEM}{dispatching.parent.id}.c", "token")
-    garbled = stock.chord([stock.s("add", 4, 1), stock.s("add", 4, 2)], "garbled")
-    broker.zadd(f"{STEM}{garbled.parent.id}.j", {b"\x80\x04garbled": 0})
-    uncounted, listed, unheard = [stock.chord([stock.s("add", 5, 1), stock.s("add", 5, 2)], "odd") for _ in range(3)]
-    broker.set(f"{STEM}{uncounted.parent.id}.s", "abc")
-    broker.delete(f"{STEM}{listed.parent.id}.s")
-    broker.lpush(f"{STEM}{listed.parent.id}.s", "2")
-    broker.set(f"{STEM}{unheard.parent.id}.j", "abc")
-    nest = [chain(stock.s("add", 6, 1), group(stock.s("add", 1), stock.s("add", 2)))]
-    foreign, stateless = [stock.chord([*nest, stock.s("add", 6, 2).set(queue="gone")], "nest") for _ in range(2)]
-    for result, meta in ((foreign, b"\x80\x04garbled"), (stateless, json.dumps({"result": 1}))):
-        broker.set(f"celery-task-meta-{result.parent.results[-1].id}", meta)
-    broker.delete("gone")
-    broker.lpush("celery", "garbage", "[1]", '"x"', '{"headers": null, "properties": {}, "body": "x"}')
-    broker.hset("unacked", mapping={"1": "garbage", "2": "[1]", "3": "[]"})
-    broker.mset({b"celery-taskset-meta-\xff.s": 1, b"celery-taskset-meta-\0.s": 1})
-    ours = app.AsyncResult(tasks.add.apply_async((5, 5)).id)
-    before = {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")}
-    told = by_id(housekeeping.adopt())
-    assert {key: broker.dump(key) for key in broker.keys("*") if not key.startswith(b"_kombu")} == before
-    words = {
-        unsized: "its size is not in Valkey", gone: "no message", dispatching: "dispatches", garbled: "decoded",
-        uncounted: "does not write", listed: "does not write", unheard: "does not write", foreign: "decoded",
-        stateless: "decoded",
-    }  # fmt: skip
-    for result, word in words.items():
-        assert word in str(told[result.parent.id].reason), told
-        assert not told[result.parent.id].adopted
-    assert len(told) == len(words)
-    assert ours.id not in str(told)
-    done = patchpilot("recover", "--adopt", "--dry-run", "--config", config(shop.directory, shop.dsn, shop.broker))
-    assert done.returncode == 0, done.stderr
-    assert "0 of 9 can be adopted" in done.stderr
-    assert "no message of its header is left" in done.stdout
-
-
-def test_one_that_cannot_be_written_down_is_left_out(
-    shop: Shop, stock: Stock, housekeeping: Housekeeping, broker: redis.Redis
-) -> None:
-    odd, good = [stock.chord([stock.s("add", 1, 1)], label) for label in ("odd", "good")]
-    raw = broker.rpop("celery")
-    assert isinstance(raw, bytes)
-    message = json.loads(raw)
-    message["headers"]["expires"] = "soon"
-    broker.rpush("celery", json.dumps(message))
-    told = by_id(housekeeping.adopt())
-    assert "it cannot be written down: " in str(told[odd.parent.id].reason)
-    assert told[good.parent.id].adopted
-
-
-def test_nothing_is_adopted_beside_workers_without_patchpilot(
-    shop: Shop, stock: Stock, housekeeping: Housekeeping
-) -> None:
-    stock.chord([stock.s("add", 1, 1).set(queue="elsewhere")], "end")
-    worker = shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker)
-    with pytest.raises(NeedsOperator, match="without patchpilot"):
-        housekeeping.adopt()
-    worker.stop()
-    assert [it.adopted for it in housekeeping.adopt()] == [True]
-
-
-def test_what_a_worker_had_taken_when_it_was_killed_is_adopted_too(
-    shop: Shop, stock: Stock, housekeeping: Housekeeping
-) -> None:
-    gate = shop.directory / "gate"
-    result = stock.chord([stock.s("hold", 1, str(gate)), stock.s("add", 1, 1)], "end")
-    worker = shop.worker("-c", "1", SHOP_STOCK="1", SHOP_BACKEND=shop.broker, SHOP_ACKS_LATE="1")
-    shop.await_line("hold began")
-    worker.kill()
-    assert [(it.adopted, it.unknown) for it in housekeeping.adopt()] == [(True, 0)]
-    gate.touch()
-    with Recovery(Site(shop.broker, shop.dsn), stale=timedelta(seconds=4)) as recovery:
-        assert [it.id for it in recovery.recover(NOW)] == [result.parent.id]
-    shop.worker("-c", "1")
-    shop.await_line("end [1, 2]")
