@@ -219,12 +219,12 @@ def test_keys_of_a_chord_that_is_only_watched_stay_and_so_does_the_turn_of_one_t
     with Database(shop.dsn) as database:
         database.execute("UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() - interval '1 hour'")
         database.execute("UPDATE patchpilot.chord SET shadow = true")
-        assert sweep_up(database, [keys], NOTHING, NOTHING) == 0
+        assert sweep_up(database, [keys], [str(name_of_url(shop.broker))], NOTHING, NOTHING) == 0
         assert left(broker) == before
         database.execute("UPDATE patchpilot.chord SET shadow = false, state = 'open', finished_at = NULL")
         database.execute(SQL["swept"], {"group_ids": [group_id]})  # by whoever saw it over a moment ago
         database.execute("UPDATE patchpilot.chord SET state = 'dispatched', finished_at = now() - interval '1 hour'")
-        assert sweep_up(database, [keys], NOTHING, NOTHING) > 0
+        assert sweep_up(database, [keys], [str(name_of_url(shop.broker))], NOTHING, NOTHING) > 0
     keys.close()
 
 
