@@ -197,6 +197,7 @@ def test_of_parts_that_return_at_once_the_last_sees_that_the_chord_is_complete(s
         row = {
             "task_id": task_id, "state": "SUCCESS", "meta": b"{}", "expires": None, "group_id": result.parent.id,
             "position": place, "payload": b"2", "message_id": None, "scope": None, "attempt": None, "owner": None,
+            "result_of": None, "result_group": None,
         }  # fmt: skip
         with Database(shop.dsn) as own:
             ready.append(own.fetch(queries("results")["finish"], row)[0]["ready"])
