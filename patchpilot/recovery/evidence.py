@@ -266,8 +266,11 @@ def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, a
         return False
     if tasks & hands.active:
         return True
-    # Nobody is kept from finishing it but by the claim, so a worker that does not answer is waited for, not for ever.
-    return not hands.complete and not assume_lost and chord.age < PATIENCE
+    if assume_lost:
+        return False
+    # Whoever has claimed it may be calling its errbacks, and nothing keeps those from being called twice: one that lives
+    # and does not answer is waited for. Without a claim only for a while: then it cannot dispatch what somebody else has.
+    return bool(chord.claimed and hands.silent) or (not hands.complete and chord.age < PATIENCE)
 
 
 def _settled(row: Row) -> Where:

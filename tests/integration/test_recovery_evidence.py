@@ -108,7 +108,6 @@ def test_a_chord_that_is_complete_waits_for_who_does_not_answer_but_not_for_ever
     assert recovery.look(NOW).quiet.chords == {"finishing": 1}
     write(shop, "UPDATE patchpilot.chord_part SET returned_at = now() - interval '3 min'")
     assert told(recovery.survey(NOW)) == stuck
-    write(shop, "UPDATE patchpilot.chord_part SET returned_at = now() - interval '10 s'")
     write(
         shop,
         """UPDATE patchpilot.chord
@@ -118,6 +117,7 @@ def test_a_chord_that_is_complete_waits_for_who_does_not_answer_but_not_for_ever
     workers_say(monkeypatch)
     assert told(recovery.survey(NOW)) == [(header.id, "dispatch-interrupted", True)]
     workers_say(monkeypatch, silent=["w"])
+    write(shop, "UPDATE patchpilot.chord_part SET returned_at = now() - interval '10 s'")
     write(shop, "UPDATE patchpilot.chord SET state = 'open', claim_token = NULL, claim_until = NULL")
     assert told(recovery.sweep(NOW, assume_lost=True).findings) == stuck
 
