@@ -268,8 +268,8 @@ def _finishing(chord: Chord, at_the_end: Mapping[str, set[str]], hands: Hands, a
         return True
     if assume_lost:
         return False
-    # Whoever has claimed it may be calling its errbacks, and nothing keeps those from being called twice: one that lives
-    # and does not answer is waited for. Without a claim only for a while: then it cannot dispatch what somebody else has.
+    # Whoever has claimed it may be calling its errbacks, and nothing keeps those from being called twice: one that
+    # lives and does not answer is waited for. Without a claim only for a while: then it cannot dispatch it as well.
     return bool(chord.claimed and hands.silent) or (not hands.complete and chord.age < PATIENCE)
 
 
