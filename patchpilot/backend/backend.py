@@ -228,14 +228,15 @@ class Backend(Results):
         with errbacks.in_place_of(callback), unsent(callback):
             return super().chord_error_from_stack(callback, exc)
 
-    def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None:
-        """Leave what the parts of a failed chord returned where Celery's Redis backend would have left it."""
+    def leave_parts(self, group_id: str, parts: Sequence[Row]) -> bool:
+        """Leave what the parts of a failed chord returned where Celery's Redis backend would have left it. False if
+        Valkey is away."""
         try:
             encoded = [self.encode([1, it["task_id"], it["state"], self.decode(it["payload"])]) for it in parts]
         except Exception as error:  # noqa: BLE001 - what cannot be decoded must not keep the chord from failing
             logger.info("The parts of chord %s are in PostgreSQL only: %r", group_id, error)
-        else:
-            self.counter.leave(group_id, encoded, self._keys_expire(), ordered=self._chord_zset)
+            return True
+        return self.counter.leave(group_id, encoded, self._keys_expire(), ordered=self._chord_zset)
 
     def _on_repetition(self, request: Any) -> None:
         """A task that has run is not run again. But its process may have died before it saw to its chord."""

@@ -96,11 +96,12 @@ class Counter:
         except RedisError as error:
             logger.info("Keys of chord %s are left to expire: %r", group_id, error)
 
-    def leave(self, group_id: str, parts: Sequence[Any], expires: int, *, ordered: bool) -> None:
+    def leave(self, group_id: str, parts: Sequence[Any], expires: int, *, ordered: bool) -> bool:
         """Leave what the parts of a failed chord returned. Best effort.
 
         :param parts: as Celery's Redis backend encodes them.
         :param expires: the key's time to live in seconds; 0 for none.
+        :returns: whether Valkey took it.
         """
         key = self._key(group_id, PARTS)
         try:
@@ -113,8 +114,10 @@ class Counter:
                 if expires > 0:
                     pipe.expire(key, expires)
                 pipe.execute()
-        except RedisError as error:
+        except (RedisError, OSError) as error:
             logger.info("The parts of chord %s are in PostgreSQL only: %r", group_id, error)
+            return False
+        return True
 
     def _persistently(self, group_id: str, call: Callable[[Any], T], budget: float) -> T:
         backoff = Backoff(SYSTEM, budget)

@@ -55,8 +55,8 @@ class ResultCodec(Protocol):
     def encode_result(self, result: Any, state: str) -> Any: ...
     def exception_to_python(self, exc: Any) -> Any: ...
     def chord_error_from_stack(self, callback: Signature, exc: Exception) -> Any: ...
-    def leave_parts(self, group_id: str, parts: Sequence[Row]) -> None: ...
-    def notify(self, task_id: str, payload: Any) -> None: ...
+    def leave_parts(self, group_id: str, parts: Sequence[Row]) -> bool: ...
+    def notify(self, task_id: str, payload: Any) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Ending:
     state: str
     dispatch: Dispatch
     results: Results = field(default_factory=dict)
+    parts: Sequence[Row] = ()
+    """What is left in Valkey, as Celery leaves it, of a chord that failed."""
 
 
 @dataclass
@@ -112,11 +114,18 @@ class Finisher:
             left = sorted(set(rows) - finished.done)
             if left:
                 self._database.execute(SQL["release"], {"group_ids": left, "token": token})
-        for group_id in finished.done:
-            for task_id, row in endings[group_id].results.items():
-                self._codec.notify(task_id, row["meta"])
+        self._tell_valkey({group_id: endings[group_id] for group_id in sorted(finished.done)})
         finished.counted_in_valkey = {each for each in finished.done if rows[each]["counting"] == "valkey"}
         return finished
+
+    def _tell_valkey(self, endings: Mapping[str, Ending]) -> None:
+        """What Celery leaves in Valkey of chords that failed. Best effort, and nothing depends on it: after the commit,
+        and not one by one if Valkey is away, for each would have to wait for it."""
+        for group_id, ending in endings.items():
+            if ending.parts and not self._codec.leave_parts(group_id, ending.parts):
+                return
+            if not all(self._codec.notify(task_id, row["meta"]) for task_id, row in ending.results.items()):
+                return
 
     def _claim(self, group_ids: Sequence[str], token: str) -> list[Row]:
         """Take the chords that are complete and free. The claims are committed when this returns.
@@ -169,12 +178,11 @@ class Finisher:
 
     def _failure(self, group_id: str, parts: Sequence[Row], callback: Signature, error: ChordError) -> Ending:
         logger.error("Chord %s failed: %s", group_id, error)
-        self._codec.leave_parts(group_id, parts)
         # Of a group Celery revokes the tasks as well, and their results must be there before a worker hears of that.
         later = not isinstance(callback, group)
         with callback_of(group_id), self._outbox.collect() as dispatch, deferred(wanted=later) as results:
             self._codec.chord_error_from_stack(callback, error)
-        return Ending("failed", dispatch, results)
+        return Ending("failed", dispatch, results, parts)
 
     def _callback(self, row: Row, spare: Any) -> Signature:
         if row["callback"] is not None:

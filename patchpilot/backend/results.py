@@ -116,12 +116,17 @@ class Results(RedisBackend):  # type: ignore[misc]
         seconds = failures if state == states.FAILURE else self.expires
         return timedelta(seconds=seconds) if seconds else None
 
-    def notify(self, task_id: str, payload: Any) -> None:
-        """Wake whoever waits for the result, and tell ``on_message`` of a state. A hint: it is in PostgreSQL anyway."""
+    def notify(self, task_id: str, payload: Any) -> bool:
+        """Wake whoever waits for the result, and tell ``on_message`` of a state. A hint: it is in PostgreSQL anyway.
+
+        :returns: whether Valkey took it.
+        """
         try:
             self.client.publish(self.get_key_for_task(task_id), payload)
         except (RedisError, OSError) as error:
             logger.debug("Nobody was notified of the result of %s: %r", task_id, error)
+            return False
+        return True
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
         for row in self.database.fetch(SQL["get"], {"task_ids": [str(task_id)]}):

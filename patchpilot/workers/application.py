@@ -155,7 +155,7 @@ def _encrypted(url: str, options: Any) -> str:
     if not options:
         return url
     said = options if isinstance(options, Mapping) else {}
-    given = {key: value for key, value in said.items() if value or isinstance(value, ssl.VerifyMode)}  # CERT_NONE is 0
+    given = {key: value for key, value in said.items() if value not in (None, "")}  # CERT_NONE and False say something
     names = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional", ssl.CERT_REQUIRED: "required"}
     query = urlencode({key: names.get(value, value) for key, value in given.items()})
     parts = urlsplit(url)

@@ -9,7 +9,7 @@ from typing import Any, LiteralString
 
 import pytest
 import redis
-from celery import chord
+from celery import Signature, chain, chord
 from kombu import Exchange, Queue
 
 from patchpilot.clock import SYSTEM
@@ -183,12 +183,14 @@ def test_what_has_been_running_for_long_does_not_tell_that_its_header_is_being_p
     gate.touch()
 
 
+@pytest.mark.parametrize("header", [boom.s(), chain(boom.s(), add.s(1)), chain(add.s(1, 1), boom.s(), add.s(1))])
 def test_a_chord_whose_errback_takes_longer_than_the_claim_is_its_worker_s_as_long_as_that_lives(
-    shop: Shop, recovery: Recovery
+    shop: Shop, recovery: Recovery, header: Signature
 ) -> None:
+    """Which part of its header failed does not matter: a chain fails at its beginning or on the way."""
     gate = shop.directory / "gate"
     worker = shop.worker("-c", "1", "-I", "tests.support.extras", SHOP_CLAIM_LEASE="1")
-    failing = chord([boom.s()], total.s().on_error(mourns_long.s(gate=str(gate)))).apply_async().parent.id
+    failing = chord([header], total.s().on_error(mourns_long.s(gate=str(gate)))).apply_async().parent.id
     shop.await_line("mourning began")
     with Database(shop.dsn) as database:
         over = "SELECT FROM patchpilot.chord WHERE state = 'claimed' AND claim_until < now()"

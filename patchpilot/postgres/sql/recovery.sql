@@ -157,6 +157,11 @@ SELECT group_id, task_id FROM (
     WHERE p.group_id = ANY(%(group_ids)s) AND (p.state IS NOT NULL OR r.ended)
 ) part
 WHERE place <= 100
+UNION
+-- All parts of a chord that is claimed are here. Who may be calling its errbacks runs a task of its header that has not
+-- ended; of a chain that failed on the way that is not the one that returns the part.
+SELECT o.group_id, o.task_id FROM patchpilot.outbox o JOIN patchpilot.chord c USING (group_id)
+WHERE o.group_id = ANY(%(group_ids)s) AND c.state = 'claimed'
 
 -- name: still_there
 -- Which of these messages nobody has ended or sent again since they were looked at, or is still about to push.
