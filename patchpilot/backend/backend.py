@@ -99,7 +99,11 @@ class Backend(Results):
         """Whether a worker's main process ends a task that came to its end by itself."""
         if get_current_task() is not None or errbacks.are_called_elsewhere():
             return False
-        asked = {"task_id": str(task_id), "result_of": whose(task_id, states.SUCCESS, request)["result_of"]}
+        message_id = getattr(request, MESSAGE_ID, None)
+        asked = {
+            "task_id": str(task_id), "result_of": whose(task_id, states.SUCCESS, request)["result_of"],
+            "message_id": message_id, "recorded": message_id is not None and self.endings.fate(request) is LEFT,
+        }  # fmt: skip
         try:
             return bool(self.database.fetch(SQL["succeeded"], asked))
         except PatchpilotError:

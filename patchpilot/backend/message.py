@@ -11,6 +11,7 @@ from uuid import NAMESPACE_OID, uuid4, uuid5
 from celery._state import get_current_worker_task
 from celery.app import amqp
 from celery.utils.time import maybe_iso8601, maybe_make_aware
+from kombu.compression import get_encoder
 from kombu.serialization import dumps, loads
 from kombu.utils import json
 
@@ -133,6 +134,7 @@ def prepare(
     :param broker: where to, as the record calls it.
     :param to_all: to an exchange of which the connection knows that it is a fanout exchange.
     :raises EncodeError: if the body cannot be serialised.
+    :raises KeyError: if there is no such compression here.
     """
     options = dict(options)
     headers = options["headers"]
@@ -142,6 +144,8 @@ def prepare(
         _unmark(headers)
     elif headers["task"] != CANARY:
         headers.update(_marks(headers, message_id, callback_of))
+    if options.get("compression"):
+        get_encoder(options["compression"])  # raises here, where nothing is on record, and not in the push
     content_type, encoding, payload = dumps(body, serializer=options.pop("serializer", None))
     if _is_retried_by_celery():
         options["retry"] = True  # once it is held back, or on record, nobody else would

@@ -272,14 +272,22 @@ class Outbox:
 
     def _in_turn(self, left: deque[Message]) -> Iterator[Message]:
         """Each message, until the next one is asked for. If that takes long, it is said again and again that it goes
-        on: recovery would take for lost what is not pushed yet."""
-        said = SYSTEM.monotonic()
+        on: recovery would take for lost what is not pushed yet.
+
+        :raises SoftTimeLimitExceeded: after the last one, if it struck while that was said.
+        """
+        said, struck = SYSTEM.monotonic(), None
         while left:
             if SYSTEM.monotonic() - said > SLOW:
-                self._go_on([message.id for message in left])
+                try:
+                    self._go_on([message.id for message in left])
+                except SoftTimeLimitExceeded as error:  # it strikes once
+                    struck = error
                 said = SYSTEM.monotonic()
             yield left[0]
             left.popleft()
+        if struck is not None:
+            raise struck
 
     def _go_on(self, message_ids: Sequence[str]) -> None:
         with suppress(PatchpilotError), self._database.within(SLOW):
@@ -294,13 +302,14 @@ class Outbox:
         if self._journalled(messages):
             self.identity.leave(producer.connection, producer.channel)
 
-    @staticmethod
-    def _leave(left: Sequence[Message], error: BaseException) -> None:
+    def _leave(self, left: Sequence[Message], error: BaseException) -> None:
         chords = sorted({it.callback_of for it in left if it.callback_of})
         logger.warning(
             "%d messages from %s on are left to recovery%s: %r",
             len(left), left[0], f", callbacks of chords {', '.join(chords)}" if chords else "", error,
         )  # fmt: skip
+        if gone := [str(message) for message in left if message.to_all]:
+            logger.error("Lost, for nobody can send again what goes to all who listen: %s", ", ".join(gone))
 
     def _withdraw(self, dispatch: Dispatch, left: Sequence[Message], error: BaseException) -> None:
         """The caller is told that publishing failed, so nobody must publish these, or finish their chord, later."""

@@ -25,7 +25,7 @@ from kombu.exceptions import EncodeError
 from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.backend.chords import Chords
-from patchpilot.backend.config import MESSAGE_ID, Config, Journal
+from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config, Journal
 from patchpilot.backend.dispatch import Work, callback_of
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.message import Message
@@ -80,6 +80,7 @@ class Recorder:
         self._pid = 0
         self._starting = threading.Lock()
         self._waiting: queue.Queue[Work] = queue.Queue(BACKLOG)
+        self._again = False
         self.dropped = 0
 
     def put(self, work: Work) -> None:
@@ -124,11 +125,13 @@ class Recorder:
             self._waiting.task_done()
 
     def _next(self, early: deque[_Early]) -> tuple[Work, int]:
-        """What is written next, as soon as there is something: what came too early waits without anybody else."""
+        """What is written next, as soon as there is something: what came too early waits without anybody else, and is
+        tried again in turns with what has come since."""
         pause = early[0].due - SYSTEM.monotonic() if early else None
-        if pause is None or pause > 0:
+        self._again = not self._again and pause is not None and pause <= 0
+        if not self._again:
             with suppress(queue.Empty):
-                return self._waiting.get(timeout=pause), TRIES
+                return self._waiting.get(timeout=pause if pause is None else max(pause, 0)), TRIES
         _, work, tries = early.popleft()
         return work, tries
 
@@ -229,5 +232,7 @@ def _return_part(connection: Connection, row: dict[str, Any]) -> None:
 def _on_postrun(task: Any = None, state: str | None = None, **_: Any) -> None:
     backend = task.app.backend if task is not None else None
     message_id = getattr(task.request, MESSAGE_ID, None) if task is not None else None
-    if state is not None and message_id and isinstance(backend, ShadowBackend):
+    if state is None or not message_id or not isinstance(backend, ShadowBackend):
+        return
+    if backend.config.journal is not Journal.OFF or getattr(task.request, CALLBACK_OF, None):
         backend.outbox.end(message_id)

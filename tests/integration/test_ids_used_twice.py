@@ -313,3 +313,16 @@ def test_a_part_that_two_open_chords_would_return_is_one_part(
     broker.delete("celery")
     [found] = recovery.survey(NOW)
     assert (found.id, found.diagnosis, found.total) == (outer.parent.id, "header-message-lost", 2)
+
+
+def test_what_a_version_before_stored_tells_of_no_message_that_is_still_on_record(
+    shop: Shop, database: Database
+) -> None:
+    """It did not say whose a result is. Of a producer without patchpilot nobody knows at all."""
+    note.apply_async((1,), task_id="nightly")
+    [message_id] = messages(database)
+    app.backend.store_result("nightly", 1, "SUCCESS")
+    ours, stock = Context(id="nightly", **{MESSAGE_ID: message_id}), Context(id="nightly", delivery_info={"x": 1})
+    assert [app.backend._had_succeeded("nightly", it) for it in (ours, stock)] == [False, False]
+    database.execute("DELETE FROM patchpilot.outbox")
+    assert [app.backend._had_succeeded("nightly", it) for it in (ours, stock)] == [True, False]

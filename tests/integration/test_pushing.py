@@ -90,12 +90,38 @@ def test_a_callback_that_recovery_cannot_push_keeps_no_other_from_being_dispatch
         database.execute("UPDATE patchpilot.chord_part SET state = 'SUCCESS', payload = '1', returned_at = now()")
         for what in ("chord SET created_at", "chord_part SET returned_at"):
             database.execute(f"UPDATE patchpilot.{what} = now() - interval '2 minutes'".encode())
-    assert {it.diagnosis for it in recovery.recover(NOW)} == {"dispatch-lost"}
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["dispatch-lost"] * 4
     assert broker.llen("callbacks") == 4
-    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(5,)]
+    assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(4,)]
     with one_more_compression():
-        assert [it.diagnosis for it in recovery.recover(NOW)] == ["callback-message-lost"]
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["dispatch-lost"]
     assert broker.llen("callbacks") == 5
+
+
+def test_a_callback_that_fails_in_the_push_keeps_no_other_from_being_pushed(
+    shop: Shop, recovery: Recovery, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is that it fails of: by then all of them are marked as dispatched."""
+    for place in range(3):
+        chord([add.s(place, 1)], total.s(label=str(place)).set(queue=f"callback {place}")).apply_async()
+    with Database(shop.dsn) as database:
+        database.execute("DELETE FROM patchpilot.outbox")
+        database.execute("UPDATE patchpilot.chord_part SET state = 'SUCCESS', payload = '1', returned_at = now()")
+        for what in ("chord SET created_at", "chord_part SET returned_at"):
+            database.execute(f"UPDATE patchpilot.{what} = now() - interval '2 minutes'".encode())
+    push = Message.push
+
+    def broken(message: Message, producer: Any) -> None:
+        if message.options["routing_key"] == "callback 1":
+            raise ArithmeticError
+        push(message, producer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Message, "push", broken)
+        assert [it.diagnosis for it in recovery.recover(NOW)] == ["dispatch-lost"] * 3
+    assert [broker.llen(f"callback {place}") for place in range(3)] == [1, 0, 1]
+    assert [it.diagnosis for it in recovery.recover(NOW)] == ["callback-message-lost"]
+    assert [broker.llen(f"callback {place}") for place in range(3)] == [1, 1, 1]
 
 
 def test_a_chord_fails_with_its_part_if_what_follows_that_cannot_be_pushed_by_anybody(shop: Shop) -> None:

@@ -32,9 +32,15 @@ CALL patchpilot.end_task(
 SELECT task_id, meta FROM patchpilot.result WHERE task_id = ANY(%(task_ids)s)
 
 -- name: succeeded
--- Not by another message of the same task id, as far as that is known.
-SELECT 1 FROM patchpilot.result
-WHERE task_id = %(task_id)s AND state = 'SUCCESS' AND coalesce(message_id = %(result_of)s, true)
+-- By this message, and by no other one of the same task id. Of a result that a version before stored only that tells which
+-- went with it: the message's end.
+SELECT 1 FROM patchpilot.result r
+WHERE r.task_id = %(task_id)s AND r.state = 'SUCCESS'
+  AND (
+      r.message_id = %(result_of)s
+      OR r.message_id IS NULL AND %(recorded)s
+      AND NOT EXISTS (SELECT FROM patchpilot.outbox o WHERE o.message_id = %(message_id)s)
+  )
 
 -- name: forget
 DELETE FROM patchpilot.result WHERE task_id = %(task_id)s
