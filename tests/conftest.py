@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ from tests.support.processes import Shop
 pytest_plugins = ["tests.lab_fixtures"]
 
 SLOWEST_FIRST = ("scenarios", "integration", "crash", "contract", "unit")
+
+
+def pytest_configure() -> None:
+    """Whoever starts the tests in the background of a shell has them ignore Ctrl-C, and so would what they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

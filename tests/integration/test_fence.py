@@ -16,11 +16,12 @@ import pytest
 import redis
 from billiard.exceptions import WorkerLostError
 from celery import Celery, Task, chain, chord, group
+from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject
 
 from patchpilot.backend.config import MESSAGE_ID, FenceMode
-from patchpilot.backend.fence import DEATHS, Fence
+from patchpilot.backend.fence import DEATHS, Fence, Start
 from patchpilot.backend.message import Part
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -154,6 +155,26 @@ def test_what_kills_its_process_every_time_fails_in_the_end(shop: Shop) -> None:
     os.kill(child.pid, signal.SIGKILL)
     until(result.ready, seconds=30, what="it had failed")
     assert isinstance(result.result, WorkerLostError)
+
+
+def test_who_has_lost_a_start_ends_nothing_of_whoever_has_it(shop: Shop) -> None:
+    fence = app.backend.fence
+    slow, other = (Start("t", "0/0", "scope", str(uuid.uuid4())) for _ in range(2))
+    begun = "SELECT owner::text, finished_at FROM patchpilot.fence"
+    with Database(shop.dsn) as database:
+        assert fence._start(slow)
+        assert not fence._start(other)
+        database.execute("UPDATE patchpilot.fence SET lease_until = now()")
+        assert fence._start(other)
+        assert not fence.renew(slow)
+        fence.end(slow, None)
+        fence.give_up(slow)
+        request = Context(id="t", patchpilot_done="t", patchpilot_start=slow)
+        app.backend.store_result("t", 1, "SUCCESS", request=request)
+        assert database.fetch(begun) == [{"owner": other.owner, "finished_at": None}]
+        assert fence.renew(other)
+        fence.give_up(other)
+        assert database.fetch(begun) == []
 
 
 def test_a_callback_whose_machine_was_lost_runs_again_after_recovery(shop: Shop) -> None:
