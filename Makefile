@@ -20,7 +20,7 @@ demo: $(STAMP)   ## patch a live broker in a lab on this machine and count what 
 	$(BIN)/patchpilot lab demo
 
 test: $(STAMP)   ## the whole suite on real servers, in random order, under 8 minutes
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 6 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## the longer proofs
 	$(BIN)/python -m pytest -m slow
