@@ -252,42 +252,38 @@ class Outbox:
 
         :raises SoftTimeLimitExceeded: if it struck meanwhile. It strikes once, so the others are pushed.
         """
-        struck: SoftTimeLimitExceeded | None = None
-        left = deque(messages)
-        for message in self._in_turn(left):
+        left, struck, away = deque(messages), None, False
+        while left and not away:
             try:
-                self._push(message, producer)
-            except _AWAY as error:
-                self._leave(left, error)
-                break
-            except SoftTimeLimitExceeded as error:
-                self._leave([message], error)
+                for message in self._in_turn(left):
+                    try:
+                        self._push(message, producer)
+                    except _AWAY as error:
+                        self._leave(left, error)
+                        away = True
+                        break
+                    except SoftTimeLimitExceeded as error:
+                        self._leave([message], error)
+                        struck = error
+                    except Exception as error:  # noqa: BLE001 - it must not keep the others from being pushed
+                        self._leave([message], error)
+            except SoftTimeLimitExceeded as error:  # while it was said that this goes on
                 struck = error
-            except Exception as error:  # noqa: BLE001 - one that cannot be pushed must not keep the others from it
-                self._leave([message], error)
-        else:
+        if not away:
             self._note_broker(messages, producer)
         if struck is not None:
             raise struck
 
     def _in_turn(self, left: deque[Message]) -> Iterator[Message]:
         """Each message, until the next one is asked for. If that takes long, it is said again and again that it goes
-        on: recovery would take for lost what is not pushed yet.
-
-        :raises SoftTimeLimitExceeded: after the last one, if it struck while that was said.
-        """
-        said, struck = SYSTEM.monotonic(), None
+        on: recovery would take for lost what is not pushed yet."""
+        said = SYSTEM.monotonic()
         while left:
             if SYSTEM.monotonic() - said > SLOW:
-                try:
-                    self._go_on([message.id for message in left])
-                except SoftTimeLimitExceeded as error:  # it strikes once
-                    struck = error
+                self._go_on([message.id for message in left])
                 said = SYSTEM.monotonic()
             yield left[0]
             left.popleft()
-        if struck is not None:
-            raise struck
 
     def _go_on(self, message_ids: Sequence[str]) -> None:
         with suppress(PatchpilotError), self._database.within(SLOW):

@@ -25,7 +25,7 @@ from kombu.exceptions import EncodeError
 from kombu.utils.encoding import ensure_bytes
 
 from patchpilot.backend.chords import Chords
-from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Config, Journal
+from patchpilot.backend.config import MESSAGE_ID, Config, Journal
 from patchpilot.backend.dispatch import Work, callback_of
 from patchpilot.backend.heartbeat import Heartbeat
 from patchpilot.backend.message import Message
@@ -232,7 +232,5 @@ def _return_part(connection: Connection, row: dict[str, Any]) -> None:
 def _on_postrun(task: Any = None, state: str | None = None, **_: Any) -> None:
     backend = task.app.backend if task is not None else None
     message_id = getattr(task.request, MESSAGE_ID, None) if task is not None else None
-    if state is None or not message_id or not isinstance(backend, ShadowBackend):
-        return
-    if backend.config.journal is not Journal.OFF or getattr(task.request, CALLBACK_OF, None):
+    if state is not None and message_id and isinstance(backend, ShadowBackend):
         backend.outbox.end(message_id)

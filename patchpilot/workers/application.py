@@ -157,7 +157,9 @@ def _encrypted(url: str, options: Any) -> str:
     said = options if isinstance(options, Mapping) else {}
     given = {key: value for key, value in said.items() if value not in (None, "")}  # CERT_NONE and False say something
     names = {ssl.CERT_NONE: "none", ssl.CERT_OPTIONAL: "optional", ssl.CERT_REQUIRED: "required"}
-    query = urlencode({key: names.get(value, value) for key, value in given.items()})
+    query = urlencode(
+        {key: value if isinstance(value, bool) else names.get(value, value) for key, value in given.items()}
+    )
     parts = urlsplit(url)
     return urlunsplit(parts._replace(scheme="rediss", query="&".join(filter(None, (parts.query, query)))))
 

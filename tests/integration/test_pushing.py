@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import redis
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import chain, chord, group
 from celery.exceptions import ChordError
 from kombu import compression
 
+from patchpilot.backend import outbox as outboxes
 from patchpilot.backend.message import Message, Part
 from patchpilot.lab.processes import until
 from patchpilot.postgres.connection import Database
@@ -200,3 +202,23 @@ def test_nobody_sends_later_what_its_caller_has_interrupted(
     assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(pushed,)]
     assert recovery.recover(NOW) == ()
     assert broker.llen("celery") == pushed
+
+
+def test_a_limit_that_strikes_while_it_is_said_that_a_push_goes_on_keeps_nothing_from_being_pushed(
+    shop: Shop, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, messages, struck = app.backend.outbox, list[Message](), [SoftTimeLimitExceeded()]
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox, "publish", lambda message, _producer: messages.append(message))
+        for number in range(3):
+            add.delay(number, number)
+
+    def strikes_once(_: object) -> None:
+        if struck:
+            raise struck.pop()
+
+    monkeypatch.setattr(outboxes, "SLOW", -1)
+    monkeypatch.setattr(outbox, "_go_on", strikes_once)
+    with app.producer_or_acquire() as producer, pytest.raises(SoftTimeLimitExceeded):
+        outbox._push_or_leave(messages, producer)
+    assert broker.llen("celery") == 3

@@ -195,7 +195,7 @@ def test_a_chord_whose_errback_takes_longer_than_the_claim_is_its_worker_s_as_lo
     with Database(shop.dsn) as database:
         over = "SELECT FROM patchpilot.chord WHERE state = 'claimed' AND claim_until < now()"
         until(lambda: database.fetch(over) != [], seconds=30, what="the lease was over")
-    assert recovery.recover(NOW) == ()
+    assert [recovery.recover(NOW) for _ in range(3)] == [()] * 3
     worker.kill()
     found = [(failing, "dispatch-interrupted", True)]
     until(lambda: told(recovery.survey(NOW)) == found, seconds=30, what="its worker counted as dead")

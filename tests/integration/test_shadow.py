@@ -9,21 +9,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
-from uuid import uuid4
 
 import psycopg
 import pytest
 import redis
 from celery import chain, chord, group
 from celery.exceptions import ChordError
-from celery.signals import task_postrun
 
 from patchpilot.backend import ShadowBackend
 from patchpilot.backend import shadow as shadow_mode
-from patchpilot.backend.config import CALLBACK_OF, MESSAGE_ID, Journal
 from patchpilot.backend.shadow import TRIES, Recorder, TooEarly
 from patchpilot.lab.launch import free_port
 from patchpilot.lab.processes import until
@@ -162,24 +158,6 @@ def test_what_no_thread_is_left_to_write_is_not_its_senders_to_hear(
     add.delay(1, 1)
     app.backend.recorder.flush(WAIT)
     assert fetch(shop, "SELECT count(*) FROM patchpilot.outbox") == [(1,)]
-
-
-def test_the_end_of_what_is_on_no_record_is_none_either(
-    shadow: None, shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the journal off: it would be tried again and again, as one that came too early."""
-    monkeypatch.setitem(app.conf, "patchpilot_journal_messages", False)
-    backend, written = app.backend, list[object]()
-    monkeypatch.setattr(backend.recorder, "put", written.append)
-    monkeypatch.setattr(backend.outbox, "_run", written.append)
-    monkeypatch.setattr(backend, "config", replace(backend.config, journal=Journal.OFF))
-    for headers, number in (({}, 0), ({CALLBACK_OF: "group"}, 1)):
-        add.push_request(id="t", **{MESSAGE_ID: str(uuid4()), **headers})
-        try:
-            task_postrun.send(sender=add, task_id="t", task=add, state="SUCCESS", retval=2)
-        finally:
-            add.pop_request()
-        assert len(written) == number
 
 
 # Its records are slow, and none is written before it ends.

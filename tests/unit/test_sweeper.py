@@ -178,6 +178,11 @@ def test_the_site_of_an_application(url: object, options: object, endpoint: str)
         ("redis://r:1/2", None, "redis://r:1/2"),
         ("patchpilot+rediss://r:1/2?ssl_cert_reqs=CERT_NONE", None, "rediss://r:1/2?ssl_cert_reqs=none"),
         ("patchpilot+redis://r:1/2", {"ssl_cert_reqs": ssl.CERT_NONE}, "rediss://r:1/2?ssl_cert_reqs=none"),
+        (
+            "patchpilot+redis://r:1/2",
+            {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": False},
+            "rediss://r:1/2?ssl_cert_reqs=required&ssl_check_hostname=False",
+        ),
         ("rpc://", None, ""),
     ],
 )

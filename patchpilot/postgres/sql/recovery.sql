@@ -282,10 +282,11 @@ RETURNING p.group_id
 
 -- name: close_ended
 -- Messages whose task has ended, but whose worker died before it could say so here: those of which that still holds, and
--- that nobody has sent again since they were looked at.
+-- that nobody has sent again since they were looked at. Not those of a chord that is claimed: they tell who may be at it.
 DELETE FROM patchpilot.outbox o
 USING unnest(%(message_ids)s::uuid[], %(resends)s::int[]) AS seen (message_id, resends)
 WHERE o.message_id = seen.message_id AND o.resends = seen.resends
+  AND coalesce((SELECT c.state <> 'claimed' FROM patchpilot.chord c WHERE c.group_id = o.group_id), true)
   AND (
       EXISTS (
           SELECT FROM patchpilot.fence f
