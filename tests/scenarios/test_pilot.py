@@ -82,7 +82,7 @@ def test_killed_in_mid_watch_it_is_taken_up_and_the_update_is_applied_once(lab_r
     with lab(lab_roster, tmp_path / "lab", "--seconds-per-node", "2") as it:
         first = it.run()
         first.await_word("watch/")
-        rival = patchpilot("run", "--cluster", "broker", "--config", it.config)
+        rival = patchpilot("run", "--cluster", "broker", "--config", it.config, cwd=it.directory)
         assert rival.returncode == Exit.LOCK_HELD
         assert f"pid {first.process.pid}" in rival.stderr.replace("process", "pid")
         assert len(rival.stderr.strip().splitlines()) == 1
@@ -99,7 +99,7 @@ def test_killed_in_mid_watch_it_is_taken_up_and_the_update_is_applied_once(lab_r
         assert (report["run_id"], report["outcome"]) == (answer["run_id"], "done")
         assert Path(it.directory / answer["report"]["markdown"]).read_text().startswith("# ")
         # There is nothing left to patch; that is no failure, and has a code of its own.
-        third = patchpilot("run", "--cluster", "broker", "--config", it.config)
+        third = patchpilot("run", "--cluster", "broker", "--config", it.config, cwd=it.directory)
         assert third.returncode == Exit.NOTHING_TO_DO, third.stderr
         listed = json.loads(patchpilot("status", "--config", it.config, "--output", "json").stdout)
         assert sorted(run["state"] for run in listed["runs"]) == ["done", "nothing-to-do"]
